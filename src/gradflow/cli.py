@@ -1,0 +1,179 @@
+"""The command line: Hydra composes and expands the configuration; everything else is ours.
+
+`hydra.main`'s task only hands the configs over, so that nothing trains inside Hydra. What the user
+got wrong becomes one line on the standard error and exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from gradflow.errors import GradflowError, SpecError
+from gradflow.spec import Execution, RunSpec
+
+INTERRUPTED = 130
+_REFUSED = {
+    "hydra/launcher": "sweeps are launched by gradflow itself; use launcher=local and jobs=N",
+    "hydra/sweeper": "a sweep expands its overrides and no more; start it with -m (launcher=local)",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m gradflow`: one run, or with -m a sweep. Returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(given):
+        from gradflow.help import text
+
+        print(text())
+        return 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        configured = _configure(given)
+        return _execute(configured, sweeping=bool({"-m", "--multirun"} & set(given)))
+    except GradflowError as error:
+        print(f"gradflow: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gradflow: interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+# --- from arguments to specs ----------------------------------------------------------------------
+
+
+def _configure(arguments: list[str]) -> list[tuple[RunSpec, Execution]]:
+    """Specs of all jobs the arguments describe; none where they only ask Hydra to show something.
+
+    Raises:
+        GradflowError: one line for what is wrong with them.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from gradflow import config
+
+    _check_overrides(arguments, config.known_keys())
+    config.register_schema()
+    composed: list[DictConfig] = []
+    task = hydra.main(
+        version_base="1.3", config_path=str(config.conf_directory()), config_name="config"
+    )(composed.append)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of Hydra's own report and exit
+    kept = sys.argv
+    try:
+        with tempfile.TemporaryDirectory(prefix="gradflow-") as scratch:
+            # Hydra leaves a multirun.yaml in the sweep's directory; the store is our only output.
+            sys.argv = [kept[0], *arguments, f"hydra.sweep.dir={scratch}"]
+            task()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SpecError(_one_line(error)) from None
+    finally:
+        sys.argv = kept
+    return [config.specs_from(item) for item in composed]
+
+
+def _check_overrides(arguments: list[str], known: list[str]) -> None:
+    """Refuse unknown keys with the nearest known ones, before Hydra says it in nine lines."""
+    takes_value = False
+    for argument in arguments:
+        if argument.startswith("-") or takes_value:
+            takes_value = argument in ("-cd", "--config-dir", "-cn", "--config-name", "-cp",
+                                       "--config-path", "-c", "--cfg", "-p", "--package",
+                                       "-i", "--info")  # fmt: skip
+            continue
+        name, sign, _ = argument.partition("=")
+        key = name.lstrip("+~")
+        if key in _REFUSED:
+            raise SpecError(f"{argument}: {_REFUSED[key]}")
+        if not sign and not argument.startswith("~"):
+            raise SpecError(f"{argument}: give keys as KEY=VALUE")
+        free = name.startswith("+") or key.startswith(("hydra.", "hydra/", "network.args."))
+        if not free and key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`--help` lists the keys"
+            raise SpecError(f"{key}: no such key; {hint}")
+
+
+def _one_line(error: BaseException) -> str:
+    options = getattr(error, "options", None)
+    missing = getattr(error, "missing_cfg_file", None)
+    if missing is not None:
+        group, _, choice = str(missing).partition("/")
+        names = ", ".join(options or ()) or "a file of the configuration directory"
+        return f"{group}={choice}: allowed is {names}"
+    message = str(error).strip() or type(error).__name__
+    return re.sub(r"\.?\s*\n\s*", "; ", message)
+
+
+# --- from specs to runs ---------------------------------------------------------------------------
+
+
+def _execute(configured: list[tuple[RunSpec, Execution]], *, sweeping: bool) -> int:
+    if not configured:
+        return 0
+    specs, execution = [spec for spec, _ in configured], configured[0][1]
+    _check_surroundings(specs, execution)
+    if sweeping:
+        return _sweep(specs, execution)
+    return _run(specs[0], execution)
+
+
+def _check_surroundings(specs: list[RunSpec], execution: Execution) -> None:
+    """What can be found missing without loading torch."""
+    from gradflow.tracking import check_logger
+
+    for spec in specs:
+        spec.data.check_files()
+        _check_target(spec)
+    check_logger(execution.logger)
+
+    from gradflow.store import prepare
+
+    prepare(execution.runs_dir)
+
+
+def _check_target(spec: RunSpec) -> None:
+    target = spec.network.target
+    package = target.partition(".")[0] if target is not None else "gradflow"
+    if importlib.util.find_spec(package) is None:
+        raise SpecError(f"network.target={target}: there is no module {package!r}")
+
+
+def _run(spec: RunSpec, execution: Execution) -> int:
+    from dataclasses import asdict
+
+    from gradflow.progress import Display
+
+    settings = asdict(execution)
+    with Display([spec]) as display:
+        from gradflow.run import run
+
+        finished = run(spec, emit=display.tell, **settings)
+    from gradflow.tables import summary
+
+    for line in summary(finished):
+        print(line)
+    return 0
+
+
+def _sweep(specs: list[RunSpec], execution: Execution) -> int:
+    from dataclasses import asdict
+
+    from gradflow.sweep import sweep
+
+    result = sweep(specs, **asdict(execution))
+    return 1 if result.failures else 0

@@ -1,0 +1,72 @@
+"""Hydra's schema from the specs, and Hydra's config to the specs: with `cli` the only rooms that
+know Hydra and OmegaConf.
+
+The schema carries keys and defaults alone. Types and allowed values are checked in one place, by
+`RunSpec` and `Execution`, so that a bad value gets one message wherever it comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from gradflow.spec import PARTS, EverySpec, Execution, RunSpec
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra, under the name that conf/config.yaml starts from."""
+    ConfigStore.instance().store(name="schema", node=_schema(RunSpec, Execution))
+
+
+def conf_directory() -> Path:
+    """Where the presets lie: beside the code in a wheel, at the top of a checkout."""
+    here = Path(__file__).resolve().parent
+    packaged = here / "conf"
+    return packaged if packaged.is_dir() else here.parents[1] / "conf"
+
+
+def specs_from(config: DictConfig) -> tuple[RunSpec, Execution]:
+    """The run and its execution that a composed config describes.
+
+    Raises:
+        SpecError: a value that is not allowed.
+    """
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    execution = {item.name: values.pop(item.name) for item in fields(Execution)}
+    return RunSpec.from_dict(values), Execution(**execution)
+
+
+def known_keys() -> list[str]:
+    """All keys of the command line, dotted."""
+    return _keys(RunSpec) + _keys(Execution)
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    names = []
+    for item in fields(kind):
+        names.append(prefix + item.name)
+        if item.name in PARTS and not prefix:
+            names += _keys(PARTS[item.name], f"{item.name}.")
+        elif item.name == "every":
+            names += _keys(EverySpec, f"{prefix}every.")
+    return names
+
+
+def _schema(*kinds: type) -> Any:
+    """A dataclass type with the fields of `kinds`, every leaf of type Any."""
+    items: list[Any] = []
+    for kind in kinds:
+        for item in fields(kind):
+            factory = item.default_factory
+            if is_dataclass(factory) and isinstance(factory, type):
+                part = _schema(factory)
+                items.append((item.name, part, field(default_factory=part)))
+            else:
+                default = None if item.default is MISSING else item.default
+                items.append((item.name, Any, field(default=default)))
+    return make_dataclass(f"{kinds[0].__name__}Schema", items)

@@ -1,0 +1,191 @@
+"""What feeds a run: small data sets in memory on the training device, and their batches.
+
+Batches are cut from tensors on the device, without worker processes. Their order depends on
+(seed, epoch) alone, so that both arms of a matched pair see the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradflow.errors import GradflowError
+from gradflow.seeding import derived_seed
+from gradflow.spec import DataSpec
+
+_TEMPLATE, _NOISE = 3, 0.5
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [n, channels, height, width] (float) and labels [n] (int64)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Split:
+        """Images in channels-last layout, which the convolutions of CPUs and GPUs prefer."""
+        images = self.images.to(device, dtype, memory_format=torch.channels_last)
+        return Split(images, self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a test split, standardised by the training split's mean and deviation."""
+
+    train: Split
+    test: Split
+    num_classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the training split, as it is fed to the network."""
+        state = hashlib.sha256(self.train.images.contiguous().cpu().numpy().tobytes())
+        state.update(self.train.labels.cpu().numpy().tobytes())
+        return state.hexdigest()[:16]
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Data:
+        """The same data on a device, images in the given number format."""
+        return replace(self, train=self.train.to(device, dtype), test=self.test.to(device, dtype))
+
+
+def load_data(spec: DataSpec) -> Data:
+    """The data that a spec names, on the CPU.
+
+    Raises:
+        GradflowError: files that are missing or do not hold images and labels.
+    """
+    make = {"digits": _digits, "synthetic": _synthetic, "files": _files}[spec.name]
+    (train_x, train_y), (test_x, test_y) = make(spec)
+    mean, deviation = train_x.mean(), train_x.std()
+    scale = deviation if deviation > 0 else 1.0
+
+    def split(images: np.ndarray, labels: np.ndarray) -> Split:
+        standard = ((images - mean) / scale).astype(np.float32)
+        return Split(torch.from_numpy(standard), torch.from_numpy(labels.astype(np.int64)))
+
+    classes = int(max(train_y.max(), test_y.max())) + 1
+    return Data(split(train_x, train_y), split(test_x, test_y), max(classes, 2))
+
+
+_Arrays = tuple[np.ndarray, np.ndarray]
+
+
+def _digits(spec: DataSpec) -> tuple[_Arrays, _Arrays]:
+    """scikit-learn's 1,797 handwritten digits of 8×8; a fixed stratified split, 1,437 and 360."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 1, 8, 8)
+    train_x, test_x, train_y, test_y = train_test_split(
+        images, labels, test_size=360, stratify=labels, random_state=0
+    )
+    return (train_x, train_y), (test_x, test_y)
+
+
+def _synthetic(spec: DataSpec) -> tuple[_Arrays, _Arrays]:
+    """Ten 3×3×3 templates of RMS 1, one pasted per image at a random place with a random sign.
+
+    Gaussian noise of .5 lies over the whole image. The random sign and place leave a linear model
+    little to go by; a convolution finds the template.
+    """
+    assert spec.seed is not None and spec.size is not None
+    assert spec.train is not None and spec.test is not None
+    random = np.random.default_rng(derived_seed("synthetic", spec.seed))
+    templates = random.standard_normal((10, 3, _TEMPLATE, _TEMPLATE))
+    templates /= np.sqrt(np.mean(templates**2, axis=(1, 2, 3), keepdims=True))
+
+    def draw(count: int) -> _Arrays:
+        labels = np.arange(count) % 10
+        images = _NOISE * random.standard_normal((count, 3, spec.size, spec.size))
+        rows, columns = random.integers(0, spec.size - _TEMPLATE + 1, (2, count))
+        signs = random.choice([-1.0, 1.0], count)
+        for image, label, row, column, sign in zip(
+            images, labels, rows, columns, signs, strict=True
+        ):
+            patch = (slice(None), slice(row, row + _TEMPLATE), slice(column, column + _TEMPLATE))
+            image[patch] += sign * templates[label]
+        return images, labels
+
+    return draw(spec.train), draw(spec.test)
+
+
+def _files(spec: DataSpec) -> tuple[_Arrays, _Arrays]:
+    """`train.npz` and `test.npz` in a directory: x [n, channels, height, width], y [n] ints."""
+    assert spec.root is not None
+    spec.check_files()
+    train, test = (_read_npz(Path(spec.root) / f"{name}.npz") for name in ("train", "test"))
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise GradflowError(
+            f"data.root={spec.root}: images of {train[0].shape[1:]} to train on, "
+            f"of {test[0].shape[1:]} to test on"
+        )
+    return train, test
+
+
+def _read_npz(path: Path) -> _Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            images, labels = content["x"], content["y"]
+    except Exception as error:  # a damaged archive raises whatever zipfile finds first
+        raise GradflowError(f"{path}: unreadable ({error})") from None
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
+        raise GradflowError(
+            f"{path}: wants x [n, channels, height, width] and y [n], "
+            f"has {images.shape} and {labels.shape}"
+        )
+    if labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise GradflowError(f"{path}: wants y of whole numbers from 0")
+    return images.astype(np.float64), labels
+
+
+class Batches:
+    """Training batches (images, labels, indices) of one epoch after another.
+
+    Args:
+        split: where the batches are cut from.
+        batch_size: images a batch; a last, partial batch is dropped.
+        accumulate: batches an update; an epoch has a whole number of updates.
+        seed: with the epoch's number decides the order.
+
+    Attributes:
+        epoch: the number of the epoch that the next iteration goes through.
+    """
+
+    def __init__(self, split: Split, *, batch_size: int, accumulate: int = 1, seed: int = 0):
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.epoch = 0
+        self._count = len(split) // (batch_size * accumulate) * accumulate
+        if not self._count:
+            raise GradflowError(
+                f"batch_size={batch_size}, accumulate={accumulate}: "
+                f"there are {len(split)} training images"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+        generator = torch.Generator().manual_seed(derived_seed("batches", self.seed, self.epoch))
+        order = torch.randperm(len(self.split), generator=generator)
+        self.epoch += 1
+        for start in range(0, self._count * self.batch_size, self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            there = chosen.to(self.split.labels.device)
+            yield self.split.images[there], self.split.labels[there], chosen.numpy()

@@ -1,0 +1,756 @@
+"""Watches any `nn.Module` in any training loop and records how the gradient flows through it.
+
+    with gradflow.Recorder(model) as recorder:
+        for images, labels in batches:
+            optimizer.zero_grad()
+            loss = criterion(model(images), labels)
+            loss.backward()
+            recorder.step(loss)
+            optimizer.step()
+    recorder.plot()
+
+Values go into preallocated buffers on the model's device and leave them in chunks; on a GPU no
+step waits for the device. Nothing that is measured changes what is computed: parameters after k
+recorded steps are bitwise those without a recorder.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradflow.recording import quantities as registry
+from gradflow.recording.norms import norm, norms
+from gradflow.recording.quantities import Quantity
+from gradflow.recording.schedules import DEFAULTS, Schedule
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from matplotlib.figure import Figure
+
+    from gradflow.store import RunWriter
+
+_BUFFER_BYTES = 4 * 2**20
+_FLUSH_STEPS = 256
+_FLUSH_SECONDS = 20.0
+
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_NORMALISATIONS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first step whose loss or gradient was not finite, and where it began.
+
+    `layer` is the module nearest the input whose forward value was not finite, else the module
+    farthest from it whose gradient was not; None where neither was measured at that step.
+    """
+
+    step: int
+    layer: str | None
+    quantity: str
+
+
+@dataclass
+class _Module:
+    """One row of modules.parquet, filled in as the module is first executed."""
+
+    layer: str
+    kind: str
+    shape: str
+    parameters: int
+    position: int | None = None
+    stage: int | None = None
+    calls: int = 0
+
+
+class _Buffer:
+    """Values of one table: steps × layers × quantities on the device, emptied in chunks.
+
+    Norms of several tensors for one value combine by hypot, which neither under- nor overflows.
+    """
+
+    def __init__(self, layers: int, chosen: list[Quantity], device: torch.device):
+        self.chosen = chosen
+        self.index = {quantity.name: column for column, quantity in enumerate(chosen)}
+        rows = _BUFFER_BYTES // (8 * max(1, layers) * len(chosen))
+        self.rows = max(2, min(_FLUSH_STEPS, rows))
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        shape = (self.rows, layers, len(chosen))
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._measured = np.zeros(shape, dtype=bool)
+        self._elements = np.zeros(shape, dtype=np.float64)
+        self.steps: list[int] = []
+
+    def open(self, step: int) -> None:
+        """Make `step`'s row the current one."""
+        if not self.steps or self.steps[-1] != step:
+            self.steps.append(step)
+
+    @property
+    def full(self) -> bool:
+        return len(self.steps) >= self.rows - 1
+
+    def add(self, layer: int, name: str, value: Tensor, elements: int) -> None:
+        """Combine one tensor's norm into the current row."""
+        row, column = len(self.steps) - 1, self.index[name]
+        cell = self._values[row, layer, column]
+        if self._measured[row, layer, column]:
+            value = torch.hypot(cell, value.to(cell.dtype))
+        self._values[row, layer, column] = value
+        self._measured[row, layer, column] = True
+        self._elements[row, layer, column] += elements
+
+    def fill(self, name: str, values: Tensor, measured: np.ndarray) -> None:
+        """Set the current row of a norm for all layers at once."""
+        row, column = len(self.steps) - 1, self.index[name]
+        self._values[row, :, column] = values
+        self._measured[row, :, column] = measured
+
+    def current(self, name: str) -> Tensor:
+        """The last row of a quantity, on the device."""
+        return self._values[len(self.steps) - 1, :, self.index[name]]
+
+    def drain(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(steps [r], values [r, layers, quantities], measured) so far, and an empty buffer."""
+        count = len(self.steps)
+        steps = np.array(self.steps, dtype=np.int32)
+        values = self._values[:count].cpu().numpy().astype(np.float64)
+        measured = self._measured[:count].copy()
+        for column, quantity in enumerate(self.chosen):
+            if quantity.is_rms:
+                values[:, :, column] /= np.sqrt(np.maximum(self._elements[:count, :, column], 1))
+        self._values[:count] = 0
+        self._measured[:count] = False
+        self._elements[:count] = 0
+        self.steps.clear()
+        return steps, values, measured
+
+
+class Recorder:
+    """Records gradient flow through `model`; a context manager for any loop.
+
+    Call `step` once an update, after `backward` (and after unscaling and reducing, before
+    clipping) and before `optimizer.step()`.
+
+    Args:
+        model: any module. Recorded are all modules with parameters of their own, and as blocks
+            those that declare `terms(x, branch) -> (skip term or None, branch term)`, as
+            `gradflow.Skip` does; a parameter shared by modules counts for the first.
+        quantities: `default`, `all`, or names (see `gradflow.recording.quantities`).
+        schedule: `step -> bool`, for all tables or by table; by default weights every step,
+            outputs and blocks every tenth and the first five.
+        optimizer: gives the learning rate, and is needed for `update_norm`, which copies the
+            parameters on the steps that measure it.
+        save: a directory (`runs/NAME`) that becomes a run of the store with `origin: external`.
+        meta: what describes that run, `{"depth": 56, "skip": "none", "seed": 0}`: the columns by
+            which comparisons pair.
+        scaler: the loop's GradScaler, if it has one: a gradient that overflows is then the
+            scaler's to skip, and no divergence.
+
+    Attributes:
+        divergence: where loss or gradient first became non-finite (`Divergence`), or None. Known
+            after the step on a CPU, at the next flush on a GPU.
+        seconds: the recorder's own time so far.
+
+    Raises:
+        SpecError: an unknown quantity, or `update_norm` without an optimizer.
+        StoreError: `save` cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quantities: str | Iterable[str] = "default",
+        schedule: Schedule | Mapping[str, Schedule] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        save: str | Path | RunWriter | None = None,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        chosen = registry.select(quantities)
+        if optimizer is None and any(q.name == "update_norm" for q in chosen.get("weights", ())):
+            from gradflow.errors import SpecError
+
+            raise SpecError("update_norm: give the optimizer whose updates are to be measured")
+        self.model = model
+        self.optimizer = optimizer
+        self.divergence: Divergence | None = None
+        self.seconds = 0.0
+        self.next_step = 0
+        self._save, self._meta, self._scaler = save, dict(meta or {}), scaler
+        self._writer: RunWriter | None = None
+        self._schedules = _by_table(schedule)
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        wide = any(p.dtype == torch.float64 for p in model.parameters())
+        self._dtype = np.float64 if wide else np.float32
+
+        self._find_modules()
+        sizes = {"weights": len(self._owners), "outputs": len(self._owners)}
+        sizes["blocks"] = len(self._modules) - len(self._owners)
+        self._buffers = {
+            table: _Buffer(sizes[table], columns, self._device)
+            for table, columns in chosen.items()
+            if sizes[table]
+        }
+        self._step_rows: list[dict[str, Any]] = []
+        self._evaluations: list[dict[str, Any]] = []
+        self._metrics: dict[str, float] = {}
+        self._tables: dict[str, list[pa.Table]] = {}
+        self._before: list[Tensor] | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._stage, self._signature, self._executed = 0, None, 0
+        self._modules_written = -1
+        self._flushed = time.monotonic()
+        self._started = time.monotonic()
+
+    # --- what is watched --------------------------------------------------------------------------
+
+    def _find_modules(self) -> None:
+        seen: set[int] = set()
+        inside: tuple[str, ...] = ()
+        self._modules: list[_Module] = []  # owners first, then blocks
+        self._owners: list[nn.Module] = []
+        self._parameters: list[nn.Parameter] = []
+        self._owner_of: list[int] = []
+        blocks: list[tuple[str, nn.Module]] = []
+        for name, module in self.model.named_modules():
+            is_block = callable(getattr(module, "terms", None))
+            if is_block:
+                blocks.append((name, module))
+                inside += (f"{name}.",)
+            own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+            if not own:
+                continue
+            seen |= {id(parameter) for parameter in own}
+            kind = "other" if is_block or name.startswith(inside) else _kind(module)
+            self._parameters += own
+            self._owner_of += [len(self._owners)] * len(own)
+            self._owners.append(module)
+            weight = max(own, key=lambda parameter: (parameter.dim(), parameter.numel()))
+            row = _Module(
+                layer=name or type(module).__name__,
+                kind=kind,
+                shape="x".join(map(str, weight.shape)),
+                parameters=sum(parameter.numel() for parameter in own),
+            )
+            self._modules.append(row)
+        self._blocks = [module for _, module in blocks]
+        # A block with a parameter of its own stands among the owners too, under one name.
+        self._block_names = [name or type(module).__name__ for name, module in blocks]
+        self._modules += [_Module(name, "block", "", 0) for name in self._block_names]
+        pad = max((self._owner_of.count(i) for i in set(self._owner_of)), default=1)
+        self._gather = torch.full((len(self._owners), pad), len(self._parameters))
+        filled = [0] * len(self._owners)
+        for index, owner in enumerate(self._owner_of):
+            self._gather[owner, filled[owner]] = index
+            filled[owner] += 1
+        self._gather = self._gather.to(self._device)
+
+    def __enter__(self) -> Self:
+        if isinstance(self._save, str | Path):
+            self._writer = _external_writer(self._save, self._meta)
+        else:
+            self._writer = self._save
+        self._started = self._flushed = time.monotonic()
+        for index, module in enumerate(self._owners):
+            handle = module.register_forward_hook(partial(self._on_output, index))
+            self._undo.append(handle.remove)
+        for index, block in enumerate(self._blocks):
+            self._undo.append(_wrap_terms(block, partial(self._on_terms, index)))
+        if self.optimizer is not None and self._wants("weights", "update_norm"):
+            hook = self.optimizer.register_step_post_hook(self._on_update)
+            self._undo.append(hook.remove)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        self.flush()
+        if isinstance(self._save, str | Path) and self._writer is not None:
+            self._finish_external(self._writer, kind, error)
+
+    # --- measuring --------------------------------------------------------------------------------
+
+    def _wants(self, table: str, name: str) -> bool:
+        return table in self._buffers and name in self._buffers[table].index
+
+    def _measures(self, table: str) -> bool:
+        return table in self._buffers and self._schedules[table](self.next_step)
+
+    def _on_output(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        tensors = list(_tensors(output))
+        self._note_call(self._modules[index], tensors)
+        if self._measures("outputs"):
+            buffer = self._buffers["outputs"]
+            buffer.open(self.next_step)
+            for tensor in tensors:
+                self._add(buffer, index, "output_rms", tensor.detach())
+                self._watch_gradient(buffer, index, "output_grad_norm", tensor)
+
+    def _on_terms(
+        self, index: int, original: Callable[..., Any], x: Tensor, branch: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        if not torch.is_grad_enabled():
+            return original(x, branch)
+        self._note_call(self._modules[len(self._owners) + index], [branch])
+        if not self._measures("blocks"):
+            return original(x, branch)
+        buffer = self._buffers["blocks"]
+        buffer.open(self.next_step)
+        # A view of its own sees the gradient that comes this way alone; none comes where the term
+        # does not depend on it, and then it is exactly zero.
+        x, branch = x.view_as(x), branch.view_as(branch)
+        for name, tensor in (("skip_grad_norm", x), ("branch_grad_norm", branch)):
+            if name in buffer.index:
+                self._add(buffer, index, name, branch.new_zeros(()))
+                self._watch_gradient(buffer, index, name, tensor)
+        skip_term, branch_term = original(x, branch)
+        skip_values = branch.new_zeros(()) if skip_term is None else skip_term.detach()
+        self._add(buffer, index, "skip_rms", skip_values)
+        self._add(buffer, index, "branch_rms", branch_term.detach())
+        return skip_term, branch_term
+
+    def _add(self, buffer: _Buffer, index: int, name: str, tensor: Tensor) -> None:
+        if name in buffer.index:
+            began = time.perf_counter()
+            buffer.add(index, name, norm(tensor), tensor.numel())
+            self.seconds += time.perf_counter() - began
+
+    def _watch_gradient(self, buffer: _Buffer, index: int, name: str, tensor: Tensor) -> None:
+        if name in buffer.index and tensor.requires_grad:
+            tensor.register_hook(partial(self._on_gradient, buffer, index, name, self.next_step))
+
+    def _on_gradient(
+        self, buffer: _Buffer, index: int, name: str, step: int, gradient: Tensor
+    ) -> None:
+        if step == self.next_step and buffer.steps and buffer.steps[-1] == step:
+            self._add(buffer, index, name, gradient.detach())
+
+    def _note_call(self, row: _Module, outputs: list[Tensor]) -> None:
+        if row.position is None:
+            row.position = self._executed
+            self._executed += 1
+            if row.kind in ("conv", "linear") and outputs:
+                shape = outputs[0].shape
+                signature = (row.kind, *(shape[2:] if row.kind == "conv" else shape[-1:]))
+                self._stage += signature != self._signature
+                self._signature = signature
+            row.stage = max(1, self._stage)
+        if self.next_step == 0:
+            row.calls += 1
+
+    def _on_update(self, *_: Any) -> None:
+        if self._before is None:
+            return
+        began = time.perf_counter()
+        with torch.no_grad():
+            pairs = zip(self._parameters, self._before, strict=True)
+            added = [after.detach() - before for after, before in pairs]
+            self._fill_weights("update_norm", list(added))
+        self._before = None
+        self.seconds += time.perf_counter() - began
+
+    @torch.no_grad()
+    def step(self, loss: Tensor | float | None = None, **values: Tensor | float) -> bool:
+        """Record this update's gradients: after `backward`, before the optimizer's step.
+
+        Args:
+            loss: the step's training loss.
+            values: more numbers for the table `steps`, such as `accuracy`.
+
+        Returns:
+            False where this step's loss or gradient is known not to be finite. On a GPU that is
+            known at the next flush only, from `divergence`.
+        """
+        if not self._undo:
+            raise RuntimeError("Recorder.step outside its `with` block: nothing is watched there")
+        began = time.perf_counter()
+        self._before = None
+        if self._due():
+            self.flush()
+        gradients = [_dense(parameter.grad) for parameter in self._parameters]
+        present = [g for g in gradients if g is not None and g.numel()]
+        gradient_norms = norms(present)
+        total = norm(gradient_norms) if present else None
+        if self._measures("weights"):
+            self._buffers["weights"].open(self.next_step)
+            if self._wants("weights", "weight_grad_norm"):
+                self._fill_weights("weight_grad_norm", gradients, gradient_norms)
+            if self._wants("weights", "weight_norm"):
+                self._fill_weights("weight_norm", [p.detach() for p in self._parameters])
+            if self._wants("weights", "update_norm"):
+                self._before = [parameter.detach().clone() for parameter in self._parameters]
+        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else None
+        row = {"loss": loss, **values, "lr": lr, "grad_norm": total}
+        self._step_rows.append(
+            {"step": self.next_step}
+            | {name: _kept(value) for name, value in row.items() if value is not None}
+        )
+        finite = self._device.type != "cpu" or self._non_finite(self._step_rows[-1]) is None
+        self.next_step += 1
+        self.seconds += time.perf_counter() - began
+        if not finite and self.divergence is None:
+            self.flush()
+        return finite
+
+    def _fill_weights(
+        self, name: str, tensors: list[Tensor | None], known: Tensor | None = None
+    ) -> None:
+        """Norms by module from tensors by parameter; `known` are the norms of those that exist."""
+        usable = [t is not None and t.numel() > 0 for t in tensors]
+        if known is None:
+            known = norms([t for t, use in zip(tensors, usable, strict=True) if use])
+        padded = torch.zeros(len(tensors) + 1, dtype=known.dtype, device=self._device)
+        if all(usable):
+            padded[:-1] = known
+        else:
+            places = [place for place, use in enumerate(usable) if use]
+            padded[torch.tensor(places, dtype=torch.int64, device=self._device)] = known
+        by_module = torch.linalg.vector_norm(padded[self._gather], dim=1)
+        measured = np.zeros(len(self._owners), dtype=bool)
+        measured[[owner for owner, use in zip(self._owner_of, usable, strict=True) if use]] = True
+        self._buffers["weights"].fill(name, by_module, measured)
+
+    def evaluate(self, split: str, **metrics: Tensor | float) -> None:
+        """Record metrics (`loss`, `accuracy`, …) of a split at the present parameters."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._evaluations.append({"step": self.next_step, "split": split} | numbers)
+        self._metrics |= {f"{split}_{name}": value for name, value in numbers.items()}
+        if self._writer is not None:
+            self.flush()
+
+    def first_to_last(self) -> float | None:
+        """Weight-gradient norm of the first convolution over that of the last, at the last step.
+
+        Linear layers where there are no convolutions. Waits for the device; None where the last
+        step's gradients were not measured.
+        """
+        buffer = self._buffers.get("weights")
+        if buffer is None or "weight_grad_norm" not in buffer.index or not buffer.steps:
+            return None
+        rows = [(_place(row, i), row.kind) for i, row in enumerate(self._rows("weights"))]
+        for kind in ("conv", "linear"):
+            order = sorted(place for place, known in rows if known == kind)
+            if len(order) > 1:
+                first, last = (buffer.current("weight_grad_norm")[order[i][1]] for i in (0, -1))
+                return float(first / last)
+        return None
+
+    # --- leaving the device -----------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        if any(buffer.full for buffer in self._buffers.values()):
+            return True
+        waited = time.monotonic() - self._flushed
+        return len(self._step_rows) >= _FLUSH_STEPS or (
+            self._writer is not None and waited > _FLUSH_SECONDS
+        )
+
+    def flush(self) -> None:
+        """Empty the buffers into tables (and files). Waits for the device."""
+        began = time.perf_counter()
+        drained = {name: buffer.drain() for name, buffer in self._buffers.items()}
+        steps, self._step_rows = _plain(self._step_rows), []
+        if self.divergence is None:
+            self.divergence = self._first_divergence(steps, drained)
+        for name, (numbers, values, measured) in drained.items():
+            self._emit(name, self._long_columns(name, numbers, values, measured))
+        if steps:
+            self._emit("steps", _columns(steps, "step", np.int32))
+        if self._evaluations:
+            self._emit("evaluations", _columns(self._evaluations, "step", np.int32))
+            self._evaluations = []
+        if self._writer is not None and self._executed > self._modules_written:
+            from gradflow import schema
+
+            self._writer.write("modules", schema.table("modules", self._module_columns()))
+            self._modules_written = self._executed
+        self._flushed = time.monotonic()
+        self.seconds += time.perf_counter() - began
+
+    def _emit(self, name: str, columns: dict[str, Any]) -> None:
+        if not len(columns["step"]):
+            return
+        from gradflow import schema
+
+        data = schema.table(name, columns, registry.meanings())
+        if self._writer is not None:
+            self._writer.append(name, data)
+        else:
+            self._tables.setdefault(name, []).append(data)
+
+    def _rows(self, table: str) -> list[_Module]:
+        count = len(self._owners)
+        return self._modules[count:] if table == "blocks" else self._modules[:count]
+
+    def _long_columns(
+        self, name: str, steps: np.ndarray, values: np.ndarray, measured: np.ndarray
+    ) -> dict[str, Any]:
+        """Columns step, layer and one a quantity; layers in order of position, masked if null."""
+        import pyarrow as pa
+
+        rows = self._rows(name)
+        order = sorted(range(len(rows)), key=lambda i: _place(rows[i], i))
+        values, measured = values[:, order], measured[:, order]
+        kept = measured.any(axis=2)
+        row, layer = np.nonzero(kept)
+        names = pa.array([rows[i].layer for i in order], pa.string())
+        indices = pa.array(layer.astype(np.int32))
+        columns: dict[str, Any] = {
+            "step": steps[row],
+            "layer": pa.DictionaryArray.from_arrays(indices, names),
+        }
+        for column, quantity in enumerate(self._buffers[name].chosen):
+            with np.errstate(over="ignore"):  # a norm beyond float32 reads inf there
+                numbers = values[:, :, column][kept].astype(self._dtype)
+            columns[quantity.name] = np.ma.masked_array(numbers, ~measured[:, :, column][kept])
+        return columns
+
+    def _module_columns(self) -> dict[str, list[Any]]:
+        merged: dict[str, _Module] = {}
+        for row in self._modules:  # a block with parameters of its own keeps them in one row
+            known = merged.get(row.layer)
+            if known is not None:
+                row = _Module(**asdict(row) | {"shape": known.shape, "parameters": known.parameters})
+            merged[row.layer] = row
+        rows = sorted(merged.values(), key=lambda row: _place(row, 0))
+        for position, row in enumerate(rows):
+            row.position = position
+        labels = ("layer", "position", "kind", "stage", "shape", "parameters", "calls")
+        return {label: [getattr(row, label) for row in rows] for label in labels}
+
+    # --- divergence -------------------------------------------------------------------------------
+
+    def _non_finite(self, row: Mapping[str, Any]) -> str | None:
+        if not math.isfinite(row.get("loss", 0.0)):
+            return "loss"
+        if self._scaler is None and not math.isfinite(row.get("grad_norm", 0.0)):
+            return "grad_norm"
+        return None
+
+    def _first_divergence(
+        self, steps: list[dict[str, Any]], drained: Mapping[str, Any]
+    ) -> Divergence | None:
+        for row in steps:
+            quantity = self._non_finite(row)
+            if quantity is not None:
+                found = self._origin(row["step"], drained)
+                return Divergence(row["step"], *(found or (None, quantity)))
+        return None
+
+    def _origin(self, step: int, drained: Mapping[str, Any]) -> tuple[str, str] | None:
+        """The module at which `step` went wrong: forward from the input, else backward."""
+        forward, backward = [], []
+        for table, (numbers, values, measured) in drained.items():
+            rows = self._rows(table)
+            for place in np.flatnonzero(numbers == step):
+                for column, quantity in enumerate(self._buffers[table].chosen):
+                    bad = measured[place, :, column] & ~np.isfinite(values[place, :, column])
+                    side = forward if quantity.is_rms else backward
+                    if quantity.is_rms or "grad" in quantity.name:
+                        side += [
+                            (_place(rows[i], i), rows[i].layer, quantity.name)
+                            for i in np.flatnonzero(bad)
+                        ]
+        if forward:
+            return min(forward)[1:]
+        return max(backward)[1:] if backward else None
+
+    def locate_forward(self, forward: Callable[[], Any]) -> str | None:
+        """The first module, in order of execution, whose output is not finite in `forward()`.
+
+        For a step whose outputs were not measured: repeat its forward pass with this. None where
+        all outputs are finite.
+        """
+        found: list[str] = []
+
+        def look(layer: str, module: nn.Module, args: Any, output: Any) -> None:
+            if not found and not all(bool(t.isfinite().all()) for t in _tensors(output)):
+                found.append(layer)
+
+        handles = [
+            module.register_forward_hook(partial(look, row.layer))
+            for module, row in zip(self._owners, self._modules, strict=False)
+        ]
+        try:
+            with torch.no_grad():
+                forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else None
+
+    # --- what was recorded ------------------------------------------------------------------------
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table so far, as a frame: its own columns and, for layers, those of modules.parquet.
+
+        Args:
+            name: weights, outputs, blocks, steps, evaluations or modules.
+        """
+        import pandas as pd
+
+        from gradflow import schema
+        from gradflow.store import Run
+
+        self.flush()
+        modules = schema.to_pandas(schema.table("modules", self._module_columns()))
+        if name == "modules":
+            return modules
+        if name not in schema.KEYS:
+            raise ValueError(f"table {name!r}: there are {', '.join(schema.KEYS)}")
+        if self._writer is not None:
+            frame = Run(self._writer.path).frame(name)
+        else:
+            parts = self._tables.get(name, [])
+            frame = schema.to_pandas(schema.concatenate(parts)) if parts else pd.DataFrame()
+        if frame.empty or "layer" not in schema.KEYS[name]:
+            return frame
+        return frame.merge(modules, on="layer", how="left")
+
+    def plot(self, step: int | None = None) -> Figure:
+        """The profile: gradient norm of each module's weights against position, log scale.
+
+        Args:
+            step: which step; by default the first and the last that were recorded.
+        """
+        from gradflow import plots
+
+        frame = self.table("weights")
+        return plots.profile(frame if step is None else frame[frame["step"] == step])
+
+    def _finish_external(
+        self, writer: RunWriter, kind: type[BaseException] | None, error: BaseException | None
+    ) -> None:
+        from gradflow.environment import environment
+        from gradflow.store import METRICS
+
+        lasted = time.monotonic() - self._started
+        fields: dict[str, Any] = {
+            "steps": self.next_step,
+            "environment": environment(str(self._device), torch.get_num_threads()),
+            "metrics": {name: self._metrics[name] for name in METRICS if name in self._metrics},
+            "recorder_seconds": self.seconds,
+            "recorder_share": self.seconds / lasted if lasted else None,
+        }
+        status = "done"
+        if self.divergence is not None:
+            status, fields["divergence"] = "diverged", asdict(self.divergence)
+        if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
+            status = "interrupted"
+        elif kind is not None:
+            status, fields["error"] = "failed", f"{kind.__name__}: {error}"
+        writer.finish(status, **fields)
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def _by_table(schedule: Schedule | Mapping[str, Schedule] | None) -> dict[str, Schedule]:
+    if schedule is None:
+        return dict(DEFAULTS)
+    if isinstance(schedule, Mapping):
+        return DEFAULTS | dict(schedule)
+    return dict.fromkeys(DEFAULTS, schedule)
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, _CONVOLUTIONS):
+        return "conv"
+    if isinstance(module, nn.Linear | nn.Bilinear):
+        return "linear"
+    if isinstance(module, _NORMALISATIONS):
+        return "norm"
+    return "embedding" if isinstance(module, nn.Embedding | nn.EmbeddingBag) else "other"
+
+
+def _place(row: _Module, index: int) -> tuple[int, int]:
+    """Sorts by position; modules that were never executed come last."""
+    return (row.position if row.position is not None else 10**9, index)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in a module's output: a tensor, or tuples, lists, dicts of them."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.numel():
+            yield output
+    elif isinstance(output, Mapping):
+        for item in output.values():
+            yield from _tensors(item)
+    elif isinstance(output, tuple | list):
+        for item in output:
+            yield from _tensors(item)
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    if gradient is not None and gradient.is_sparse:
+        return gradient.coalesce().values()
+    return gradient
+
+
+def _kept(value: Tensor | float) -> Any:
+    """A number for the table: on the CPU as a float, elsewhere a copy that stays on the device."""
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" else value.detach().clone()
+    return float(value)
+
+
+def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with every tensor as a float, moved off the device together."""
+    waiting = [value for row in rows for value in row.values() if isinstance(value, Tensor)]
+    if not waiting:
+        return rows
+    numbers = iter(torch.stack([value.double() for value in waiting]).cpu().tolist())
+    return [
+        {n: next(numbers) if isinstance(value, Tensor) else value for n, value in row.items()}
+        for row in rows
+    ]
+
+
+def _columns(rows: list[dict[str, Any]], key: str, dtype: Any) -> dict[str, Any]:
+    labels = list(dict.fromkeys(name for row in rows for name in row))
+    columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in labels}
+    columns[key] = np.array(columns[key], dtype=dtype)
+    return columns
+
+
+def _wrap_terms(block: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
+    """Let `block.terms` go through `around(original, x, branch)`; returns the undoing."""
+    original = block.terms
+    block.terms = partial(around, original)  # type: ignore[assignment]
+    return lambda: block.__dict__.pop("terms", None)
+
+
+def _external_writer(path: str | Path, meta: dict[str, Any]) -> RunWriter:
+    from gradflow.store import RunWriter
+
+    if isinstance(meta.get("skip"), bool):
+        meta = meta | {"skip": "identity" if meta["skip"] else "none"}
+    return RunWriter(path, meta, origin="external")

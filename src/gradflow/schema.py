@@ -1,0 +1,98 @@
+"""The recorded tables: their key columns, and how a table becomes a Parquet file and comes back.
+
+A value that was not measured is null, a measured NaN is NaN; both stay what they are in Parquet
+and in pandas, whose columns are Arrow-backed for that reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_LAYER = pa.dictionary(pa.int32(), pa.string())
+_NAME = pa.dictionary(pa.int8(), pa.string())
+
+KEYS: dict[str, dict[str, pa.DataType]] = {
+    "modules": {"layer": pa.string()},
+    "weights": {"step": pa.int32(), "layer": _LAYER},
+    "outputs": {"step": pa.int32(), "layer": _LAYER},
+    "blocks": {"step": pa.int32(), "layer": _LAYER},
+    "steps": {"step": pa.int32()},
+    "evaluations": {"step": pa.int32(), "split": _NAME},
+    "probes": {
+        "probe": _NAME,
+        "step": pa.int32(),
+        "layer": _LAYER,
+        "x_name": _NAME,
+        "x": pa.float64(),
+    },
+}
+"""Tables and their key columns. All other columns are values."""
+
+MODULE_COLUMNS: dict[str, pa.DataType] = {
+    "layer": pa.string(),
+    "position": pa.int32(),
+    "kind": pa.string(),
+    "stage": pa.int32(),
+    "shape": pa.string(),
+    "parameters": pa.int64(),
+    "calls": pa.int32(),
+}
+
+Meanings = Mapping[str, Mapping[str, str]]
+"""Quantity -> its `meaning` and `unit`, stamped into the column's metadata."""
+
+
+def table(name: str, columns: Mapping[str, Any], meanings: Meanings | None = None) -> pa.Table:
+    """An Arrow table of the schema `name`. Values may be arrays, masked arrays or lists.
+
+    A masked element becomes null; a NaN stays NaN.
+    """
+    types = MODULE_COLUMNS if name == "modules" else KEYS[name]
+    arrays, items = [], []
+    for label, values in columns.items():
+        mask = getattr(values, "mask", None)
+        plain = getattr(values, "data", values) if mask is not None else values
+        array = pa.array(plain, mask=mask) if mask is not None else pa.array(plain)
+        if label in types and array.type != types[label]:
+            array = array.cast(types[label])
+        note = {key.encode(): text.encode() for key, text in (meanings or {}).get(label, {}).items()}
+        arrays.append(array)
+        items.append(pa.field(label, array.type, metadata=note or None))
+    return pa.Table.from_arrays(arrays, schema=pa.schema(items))
+
+
+def write(data: pa.Table, path: Path) -> None:
+    """Write atomically: a reader sees the old file or the new one, never a half."""
+    values = [f.name for f in data.schema if pa.types.is_floating(f.type)]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(
+        data,
+        temporary,
+        compression="zstd",
+        use_dictionary=[f.name for f in data.schema if f.name not in values],
+        use_byte_stream_split=values,
+    )
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> pa.Table:
+    """The table in one file. Raises pyarrow's or the system's errors where it is damaged."""
+    return pq.read_table(path, memory_map=False)
+
+
+def concatenate(parts: list[pa.Table]) -> pa.Table:
+    """Parts of one table as one; a column that a part lacks is null there."""
+    return pa.concat_tables(parts, promote_options="permissive").unify_dictionaries()
+
+
+def to_pandas(data: pa.Table) -> pd.DataFrame:
+    """A frame of Arrow-backed columns, in which null (not measured) and NaN (measured) differ."""
+    return data.to_pandas(types_mapper=pd.ArrowDtype)

@@ -1,0 +1,615 @@
+"""What defines a run: its keys, their defaults, what is allowed, and the run's id.
+
+Standard library only, so that a bad value is refused, and a sweep planned, without loading torch.
+`RunSpec` holds what decides the results and is hashed; `Execution` holds where and how they are
+computed and is not. Both are canonical after construction: whatever has several spellings
+(`true`/`identity`, `2e-2`/`0.02`) has one, and two equal specs have one id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from gradflow.errors import SpecError
+
+RECIPE = 1
+"""Raised when a change of code changes results: runs of older recipes are then not reused."""
+
+# Names that the implementations must offer; tests hold the two lists equal.
+SKIPS = ("none", "identity", "forward_only", "backward_only", "rezero", "highway",
+         "stochastic_depth", "dosed")  # fmt: skip
+PRESETS = {
+    "none": (0.0, 0.0),
+    "identity": (1.0, 1.0),
+    "forward_only": (1.0, 0.0),
+    "backward_only": (0.0, 1.0),
+}
+"""Dosed skips that have a name: (skip_forward a, skip_backward b)."""
+ORDERS = ("post", "pre")
+NORMS = ("batch", "layer", "group", "none")
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "gelu", "silu", "linear")
+INITIALIZATIONS = ("he", "xavier", "lecun", "pytorch", "orthogonal", "delta_orthogonal", "gaussian")
+PADDINGS = ("zeros", "circular")
+SHORTCUTS = ("A", "B")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "step", "cosine", "one_cycle")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+ON_DIVERGENCE = ("stop", "continue")
+RECORDS = ("default", "none", "all")
+LOGGERS = ("none", "csv", "wandb")
+LAUNCHERS = ("local",)
+IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
+
+# The keys each network uses, with their defaults. A key outside its network's list is refused.
+_BLOCK_KEYS = {
+    "skip": "identity",
+    "skip_forward": None,
+    "skip_backward": None,
+    "branch_scale": 1.0,
+    "drop_rate": 0.5,
+    "order": "post",
+    "norm": "batch",
+    "groups": 8,
+    "activation": "relu",
+    "negative_slope": 0.01,
+    "init": "he",
+    "sigma_w": 1.0,
+    "sigma_b": 0.0,
+}
+NETWORK_KEYS: dict[str, dict[str, Any]] = {
+    "cifar": {"depth": 20, "width": 16, **_BLOCK_KEYS, "padding": "zeros", "shortcut": "A"},
+    "imagenet": {"depth": 18, "width": 64, **_BLOCK_KEYS, "padding": "zeros"},
+    "mlp": {"depth": 20, "width": 256, **_BLOCK_KEYS, "branch_layers": 1},
+    "custom": {"depth": None, "width": None, "skip": None},
+}
+NETWORKS = tuple(NETWORK_KEYS)
+DATA_KEYS: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "synthetic": {"seed": 0, "size": 8, "train": 4000, "test": 1000},
+    "files": {"root": None},
+}
+DATA = tuple(DATA_KEYS)
+DIGITS_TRAIN = 1437
+EPOCHS = 12
+
+SKIP_KEYS = ("skip", "skip_forward", "skip_backward", "branch_scale", "branch_layers", "drop_rate",
+             "shortcut")  # fmt: skip
+"""The keys in which the two arms of a matched pair may differ."""
+
+# Keys that only one value of another key uses. Those of the skip are dropped where they do not
+# apply, so that one sweep may set them for all its arms; the others are refused.
+_ONLY_WITH = {
+    "groups": ("norm", "group"),
+    "negative_slope": ("activation", "leaky_relu"),
+    "sigma_w": ("init", "gaussian"),
+    "sigma_b": ("init", "gaussian"),
+    "milestones": ("schedule", "step"),
+    "momentum": ("optimizer", "sgd"),
+}
+
+
+# --- checks: a value in any spelling -> its canonical form, or ValueError(what is allowed) --------
+
+
+def _integer(low: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"a whole number from {low}")
+        return value
+
+    return check
+
+
+def _real(
+    low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Callable[[Any], float]:
+    bounds = f"a number {'above' if above else 'from'} {low:g}" if low > -math.inf else "a number"
+    bounds += f" and {'below' if below else 'up to'} {high:g}" if high < math.inf else ""
+
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(bounds)
+        number = float(value)
+        inside = low <= number <= high and not (above and number == low)
+        if not inside or (below and number == high) or not math.isfinite(number):
+            raise ValueError(bounds)
+        return number + 0.0  # -0.0 is 0.0
+
+    return check
+
+
+def _choice(
+    names: tuple[str, ...], aliases: Mapping[Any, str] | None = None
+) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        for spelled, name in (aliases or {}).items():
+            if spelled == value and type(spelled) is type(value):  # True == 1, but skip=1 is wrong
+                value = name
+        if value not in names or not isinstance(value, str):
+            raise ValueError(", ".join(names))
+        return value
+
+    check.allowed = names  # type: ignore[attr-defined]
+    return check
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text")
+    return value
+
+
+def _import_path(value: Any) -> str:
+    parts = _text(value).split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise ValueError("an import path such as package.module.callable")
+    return value
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    try:
+        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+            return json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError):
+        pass
+    raise ValueError("names with plain values, such as {depth:20}")
+
+
+def _milestones(value: Any) -> tuple[int, ...]:
+    allowed = "a rising list of steps, such as [32000,48000]"
+    if not isinstance(value, list | tuple):
+        raise ValueError(allowed)
+    steps = tuple(_integer(1)(step) for step in value)
+    if list(steps) != sorted(set(steps)):
+        raise ValueError(allowed)
+    return steps
+
+
+def _auto(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def accept(value: Any) -> Any:
+        try:
+            return value if value == "auto" else check(value)
+        except ValueError as error:
+            raise ValueError(f"auto, or {error}") from None
+
+    return accept
+
+
+def _device(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", value):
+        raise ValueError("auto, cpu, cuda, cuda:N, mps, xpu, xpu:N")
+    return value
+
+
+_SKIP_ALIASES = {True: "identity", False: "none", "true": "identity", "false": "none"}
+_PRECISION_ALIASES = {
+    32: "fp32", 16: "fp16", 64: "fp64", "32": "fp32", "16": "fp16", "64": "fp64",
+    "32-true": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16", "64-true": "fp64",
+}  # fmt: skip
+
+
+def key(default: Any, check: Callable[[Any], Any] | None, text: str, *, omit: Any = None) -> Any:
+    """A field: its default, its check, its help, and the frozen value at which no id names it.
+
+    `omit` never changes once released: it is the value that stands for "as before this key came",
+    whatever the default of today.
+    """
+    factory = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    return field(**factory, metadata={"check": check, "help": text, "omit": omit})
+
+
+def _checked(owner: Any, name: str, value: Any, label: str) -> Any:
+    check = owner.__dataclass_fields__[name].metadata["check"]
+    if value is None or check is None:
+        return value
+    try:
+        return check(value)
+    except ValueError as error:
+        raise SpecError(f"{label}={_spelled(value)}: allowed is {error}") from None
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _check_all(owner: Any, prefix: str = "") -> None:
+    for item in fields(owner):
+        value = _checked(owner, item.name, getattr(owner, item.name), prefix + item.name)
+        required = item.default is not MISSING and item.default is not None
+        if value is None and required:
+            raise SpecError(f"{prefix}{item.name}=null: a value is needed here")
+        object.__setattr__(owner, item.name, value)
+
+
+def _fill(
+    owner: Any, used: Mapping[str, Any], candidates: tuple[str, ...], prefix: str, by: str
+) -> None:
+    """Give used keys their default and refuse the others where they are set."""
+    for name in candidates:
+        value = getattr(owner, name)
+        if name not in used and value is not None:
+            raise SpecError(f"{prefix}{name}={_spelled(value)}: {by} does not use {prefix}{name}")
+        if name in used and value is None:
+            object.__setattr__(owner, name, used[name])
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Which network: one of gradflow's by name, or any callable by import path."""
+
+    name: str = key("cifar", _choice(NETWORKS), "family of networks")
+    target: str | None = key(
+        None, _import_path, "import path of any other network's callable; the run is named custom"
+    )
+    args: dict[str, Any] | None = key(
+        None, _arguments, "what target is called with, e.g. {depth:'${depth}'}"
+    )
+
+    def __post_init__(self) -> None:
+        _check_all(self, "network.")
+        if self.target is not None:
+            object.__setattr__(self, "name", "custom")
+            object.__setattr__(self, "args", self.args or {})
+        elif self.name == "custom":
+            raise SpecError("network=custom: name the callable, network.target=package.module.f")
+        elif self.args is not None:
+            raise SpecError("network.args: only network.target is called with them")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What the network is trained on. Keys that the chosen data does not use are None."""
+
+    name: str = key("digits", _choice(DATA), "what to train on")
+    seed: int | None = key(None, _integer(0), "synthetic: what the images are generated from")
+    size: int | None = key(None, _integer(8), "synthetic: height and width of an image")
+    train: int | None = key(None, _integer(1), "synthetic: images to train on")
+    test: int | None = key(None, _integer(1), "synthetic: images to test on")
+    root: str | None = key(None, _text, "files: the directory of train.npz and test.npz")
+
+    def __post_init__(self) -> None:
+        _check_all(self, "data.")
+        keys = ("seed", "size", "train", "test", "root")
+        _fill(self, DATA_KEYS[self.name], keys, "data.", f"data={self.name}")
+        if self.name == "files" and self.root is None:
+            raise SpecError("data=files: name the directory of train.npz and test.npz, data.root=…")
+
+    @property
+    def train_size(self) -> int | None:
+        """Images in the training split, where that is known without reading them."""
+        return {"digits": DIGITS_TRAIN, "synthetic": self.train}.get(self.name)
+
+    def check_files(self) -> None:
+        """Raise SpecError, without reading them, where the files of data=files are missing."""
+        if self.root is None:
+            return
+        if not Path(self.root).is_dir():
+            raise SpecError(f"data.root={self.root}: no such directory")
+        for name in ("train.npz", "test.npz"):
+            if not (Path(self.root) / name).is_file():
+                raise SpecError(f"data.root={self.root}: has no {name}")
+
+
+@dataclass(frozen=True)
+class EverySpec:
+    """How often each table is measured: every so many steps, 0 for never."""
+
+    weights: int | None = key(None, _integer(0), "every so many steps; 0 never")
+    outputs: int | None = key(None, _integer(0), "the same, and always the first five steps")
+    blocks: int | None = key(None, _integer(0), "the same, and always the first five steps")
+
+
+@dataclass(frozen=True)
+class RecordSpec:
+    """What is recorded. `default`: norms of weights and their gradients every step, outputs and
+    blocks every tenth; `all`: every quantity at every step; `none`: loss and total norm only."""
+
+    name: str = key("default", _choice(RECORDS), "what to record")
+    every: EverySpec = key(EverySpec, None, "how often each table is measured")
+
+    def __post_init__(self) -> None:
+        _check_all(self, "record.")
+        usual = {"default": (1, 10, 10), "all": (1, 1, 1), "none": (0, 0, 0)}[self.name]
+        every = self.every
+        if isinstance(every, Mapping):
+            every = _part(EverySpec, every, "record.every.")
+        _check_all(every, "record.every.")
+        filled = {}
+        for item, rate in zip(fields(every), usual, strict=True):
+            value = getattr(every, item.name)
+            if self.name == "none" and value:
+                raise SpecError(f"record.every.{item.name}={value}: record=none records nothing")
+            filled[item.name] = rate if value is None else value
+        object.__setattr__(self, "every", EverySpec(**filled))
+        if not any(filled.values()):
+            object.__setattr__(self, "name", "none")
+
+
+def _part(kind: type, value: Any, prefix: str) -> Any:
+    """A part given as itself, as its name alone, or as a mapping of its keys."""
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, str):
+        return kind(name=value)
+    if isinstance(value, Mapping):
+        unknown = set(value) - {item.name for item in fields(kind)}
+        if unknown:
+            raise SpecError(f"{prefix}{min(unknown)}: no such key")
+        return kind(**value)
+    raise SpecError(f"{prefix.rstrip('.')}={_spelled(value)}: allowed is a name")
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that decides a run's results. Equal specs have equal `run_id`s.
+
+    A key whose default depends on the network (`depth`, `width`, …) is given as None for that
+    default, and holds None afterwards only where the network does not use it.
+
+    Raises:
+        SpecError: one line with the key, the value and what is allowed.
+    """
+
+    network: NetworkSpec = key(NetworkSpec, None, "cifar, imagenet, mlp")
+    depth: int | None = key(
+        None, _integer(1), "weight layers: 6n+2 for cifar; 18, 34, 50, 101, 152 for imagenet"
+    )
+    width: int | None = key(
+        None, _integer(1), "channels of the first stage, or of a layer (mlp)"
+    )
+    skip: str | None = key(None, _choice(SKIPS, _SKIP_ALIASES), "true, false, or a kind of skip")
+    skip_forward: float | None = key(None, _real(), "a: dose of the skip in the forward pass")
+    skip_backward: float | None = key(None, _real(), "b: dose of the skip in the backward pass")
+    branch_scale: float | None = key(None, _real(), "β: factor on every branch")
+    branch_layers: int | None = key(
+        None, _integer(1), "mlp with skips: linear maps a branch, 1 or 2"
+    )
+    drop_rate: float | None = key(
+        None, _real(0, 1, below=True), "stochastic_depth: chance that the last block is dropped"
+    )
+    order: str | None = key(None, _choice(ORDERS), "activation after the addition, or before the weights")
+    norm: str | None = key(None, _choice(NORMS), "normalisation")
+    groups: int | None = key(None, _integer(1), "norm=group: groups of channels")
+    activation: str | None = key(None, _choice(ACTIVATIONS), "after a normalised layer")
+    negative_slope: float | None = key(None, _real(), "leaky_relu: slope below zero")
+    init: str | None = key(None, _choice(INITIALIZATIONS), "initialisation of the weights")
+    sigma_w: float | None = key(None, _real(0), "gaussian: weights' deviation times √fan_in")
+    sigma_b: float | None = key(None, _real(0), "gaussian: biases' deviation")
+    padding: str | None = key(None, _choice(PADDINGS), "padding of convolutions")
+    shortcut: str | None = key(
+        None, _choice(SHORTCUTS), "cifar: the skip where shapes change, subsample and pad or projection"
+    )
+
+    data: DataSpec = key(DataSpec, None, "digits, synthetic, files")
+    batch_size: int = key(64, _integer(1), "images a batch", omit=64)
+    accumulate: int = key(1, _integer(1), "batches an update", omit=1)
+
+    optimizer: str = key("sgd", _choice(OPTIMIZERS), "update rule", omit="sgd")
+    lr: float = key(0.02, _real(0, above=True), "learning rate, at its peak", omit=0.02)
+    momentum: float | None = key(None, _real(0, 1, below=True), "sgd: momentum")
+    weight_decay: float = key(1e-4, _real(0), "weight decay", omit=1e-4)
+    schedule: str = key(
+        "one_cycle", _choice(SCHEDULES), "of the learning rate over steps", omit="one_cycle"
+    )
+    milestones: tuple[int, ...] | None = key(
+        None, _milestones, "step: the steps at which the rate is divided by ten"
+    )
+    warmup: int = key(0, _integer(0), "steps over which the rate rises first", omit=0)
+    clip: float | None = key(None, _real(0, above=True), "clip the total gradient norm to this")
+    precision: str = key(
+        "fp32", _choice(PRECISIONS, _PRECISION_ALIASES), "number format", omit="fp32"
+    )
+    epochs: int | None = key(None, _integer(1), "passes over the training data")
+    max_steps: int | None = key(
+        None, _integer(0), "updates, in place of epochs; 0 measures initialisation alone"
+    )
+    on_divergence: str = key(
+        "stop", _choice(ON_DIVERGENCE), "when loss or gradient is not finite", omit="stop"
+    )
+    seed: int = key(0, _integer(0), "seed of parameters and batch order", omit=0)
+
+    record: RecordSpec = key(RecordSpec, None, "default, all, none")
+
+    def __post_init__(self) -> None:
+        for name, kind in PARTS.items():
+            object.__setattr__(self, name, _part(kind, getattr(self, name), f"{name}."))
+        _check_all(self)
+        network = self.network.name
+        _fill(self, NETWORK_KEYS[network], _NETWORK_ONLY, "", f"network={network}")
+        if network != "custom":
+            self._canonical_skip()
+            self._check_depth()
+        self._check_conditional_keys()
+        self._check_training()
+
+    def _canonical_skip(self) -> None:
+        skip, forward, backward = self.skip, self.skip_forward, self.skip_backward
+        preset = PRESETS.get(str(skip), (None, None))
+        if skip in PRESETS or skip == "dosed":
+            forward = preset[0] if forward is None else forward
+            backward = preset[1] if backward is None else backward
+            if forward is None or backward is None:
+                raise SpecError("skip=dosed: set both skip_forward and skip_backward")
+            named = [name for name, pair in PRESETS.items() if pair == (forward, backward)]
+            skip = named[0] if named else "dosed"
+        elif forward is not None or backward is not None:
+            raise SpecError(f"skip_forward, skip_backward: skip={skip} has no doses")
+        scaled = self.branch_scale if forward is not None else None
+        drop_rate = self.drop_rate if skip == "stochastic_depth" else None
+        shown = {
+            "skip": skip, "skip_forward": forward, "skip_backward": backward,
+            "branch_scale": scaled, "drop_rate": drop_rate,
+            "branch_layers": None if skip == "none" else self.branch_layers,
+            "shortcut": None if skip == "none" else self.shortcut,
+        }  # fmt: skip
+        if skip in ("rezero", "highway", "stochastic_depth") and self.branch_scale != 1.0:
+            raise SpecError(f"branch_scale={self.branch_scale:g}: skip={skip} has no factor β")
+        for name, value in shown.items():
+            object.__setattr__(self, name, value)
+
+    def _check_depth(self) -> None:
+        network, depth = self.network.name, self.depth
+        assert depth is not None
+        if network == "cifar" and (depth < 8 or (depth - 2) % 6):
+            below = max(8, depth - (depth - 2) % 6)
+            raise SpecError(
+                f"depth={depth}: allowed is 6n+2 for network=cifar; "
+                f"nearest are {below} and {below + 6}"
+            )
+        if network == "imagenet" and depth not in IMAGENET_DEPTHS:
+            nearest = sorted(sorted(IMAGENET_DEPTHS, key=lambda known: abs(known - depth))[:2])
+            raise SpecError(
+                f"depth={depth}: allowed is one of 18, 34, 50, 101, 152 for network=imagenet; "
+                f"nearest are {nearest[0]} and {nearest[1]}"
+            )
+        if network == "mlp":
+            if depth < 2:
+                raise SpecError("depth=1: allowed is a whole number from 2 for network=mlp")
+            if self.branch_layers not in (None, 1, 2):
+                raise SpecError(f"branch_layers={self.branch_layers}: allowed is 1, 2")
+            if self.branch_layers == 2 and depth % 2:
+                raise SpecError(
+                    f"depth={depth}: branches of two layers want an even depth; "
+                    f"nearest are {depth - 1} and {depth + 1}"
+                )
+
+    def _check_conditional_keys(self) -> None:
+        defaults = {**NETWORK_KEYS[self.network.name], "momentum": 0.9, "milestones": ()}
+        for name, (other, wanted) in _ONLY_WITH.items():
+            if name not in defaults:
+                continue
+            value, default = getattr(self, name), defaults[name]
+            if getattr(self, other) == wanted:
+                object.__setattr__(self, name, default if value is None else value)
+            elif value is not None and value != default:
+                raise SpecError(f"{name}={_spelled(value)}: only {other}={wanted} uses it")
+            else:
+                object.__setattr__(self, name, None)
+        if self.schedule == "step" and not self.milestones:
+            raise SpecError("schedule=step: name the steps, milestones=[32000,48000]")
+        width, groups = self.width, self.groups
+        if width is not None and groups is not None and width % groups:
+            raise SpecError(f"groups={groups}: does not divide width={width}")
+
+    def _check_training(self) -> None:
+        size, per_update = self.data.train_size, self.batch_size * self.accumulate
+        if size is not None and per_update > size:
+            product = f" × accumulate={self.accumulate}" if self.accumulate > 1 else ""
+            raise SpecError(
+                f"batch_size={self.batch_size}{product}: data={self.data.name} "
+                f"has {size} training images"
+            )
+        if self.max_steps is not None:
+            object.__setattr__(self, "epochs", None)
+        elif self.epochs is None:
+            object.__setattr__(self, "epochs", EPOCHS)
+        if self.warmup and self.schedule == "one_cycle":
+            raise SpecError(f"warmup={self.warmup}: schedule=one_cycle has a warm-up of its own")
+
+    @property
+    def run_id(self) -> str:
+        """Ten hexadecimal digits: a hash of the recipe and of all keys not at their omit value."""
+        named = {label: value for label, value, omit in _leaves(self) if value != omit}
+        text = json.dumps({"recipe": RECIPE, **named}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def __hash__(self) -> int:
+        return hash(self.run_id)
+
+    @property
+    def name(self) -> str:
+        """`<network>-<depth>-<skip>-s<seed>-<run_id>`: the run's directory in the store."""
+        depth = "na" if self.depth is None else self.depth
+        return f"{self.network.name}-{depth}-{self.skip or 'na'}-s{self.seed}-{self.run_id}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys with defaults written out, parts as nested mappings: the text of spec.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
+        """The spec that `to_dict`, or a configuration with the same keys, describes."""
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise SpecError(f"{min(unknown)}: no such key")
+        return cls(**values)
+
+    def columns(self) -> dict[str, Any]:
+        """The spec as one flat row: `data.seed` becomes `data_seed`, a part's name its own key."""
+        return flatten(self.to_dict())
+
+    def but(self, **changes: Any) -> RunSpec:
+        """The same run with other values; what depended on the old ones takes its default anew."""
+        stale = set(_NETWORK_ONLY) if "network" in changes else set()
+        if "skip" in changes:
+            stale |= {"skip_forward", "skip_backward", "drop_rate"}
+        stale |= {name for name, (other, _) in _ONLY_WITH.items() if other in changes}
+        return replace(self, **{**dict.fromkeys(stale), **changes})
+
+    def updates(self, train_size: int) -> int:
+        """Updates of the whole run on a training split of that size; a partial batch is dropped."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return (self.epochs or EPOCHS) * (train_size // (self.batch_size * self.accumulate))
+
+
+PARTS: dict[str, type] = {"network": NetworkSpec, "data": DataSpec, "record": RecordSpec}
+_NETWORK_ONLY = tuple(dict.fromkeys(name for keys in NETWORK_KEYS.values() for name in keys))
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how runs are computed: no part of a run's identity."""
+
+    device: str = key("auto", _device, "auto (CUDA, else the CPU), cpu, cuda, cuda:1, mps")
+    threads: int | str = key(
+        "auto", _auto(_integer(1)), "a run's CPU threads: all cores for one run, one in a sweep"
+    )
+    logger: str = key("none", _choice(LOGGERS), "a mirror of the run's progress")
+    launcher: str = key("local", _choice(LAUNCHERS), "where a sweep runs")
+    jobs: int | str = key("auto", _auto(_integer(1)), "runs side by side: as many as cores")
+    runs_dir: str = key("runs", _text, "the store")
+
+    def __post_init__(self) -> None:
+        _check_all(self)
+
+
+def _leaves(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for item in fields(part):
+        value = getattr(part, item.name)
+        if hasattr(value, "__dataclass_fields__"):
+            yield from _leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value, item.metadata["omit"]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by underscores; `name` of a part stands under the part's own key.
+
+    A network's `args`, the one free mapping, becomes its JSON text.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        label = prefix.rstrip("_") if name == "name" and prefix else prefix + name
+        if label == "network_args":
+            flat[label] = None if value is None else json.dumps(value, sort_keys=True)
+        elif isinstance(value, Mapping):
+            flat.update(flatten(value, f"{label}_"))
+        else:
+            flat[label] = str(list(value)) if isinstance(value, list | tuple) else value
+    return flat

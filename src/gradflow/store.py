@@ -1,0 +1,474 @@
+"""Runs on disk: write parts while running, finish, load, query.
+
+A run is one directory, described in `schema` and here:
+
+    spec.json           what defines the run, defaults written out (a user's `meta` if external)
+    run.json            status, times, environment, match certificate, metrics, error
+    modules.parquet     one row a module or block
+    <table>.parquet     weights, outputs, blocks, steps, evaluations, probes; none if it has no rows
+    parts/              while running: <table>-<number>.parquet, merged at the end
+
+Every file is written under a temporary name and renamed, so that a kill at any moment leaves a
+readable run. A run's directory is locked while its process lives (`flock`, which dies with it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gradflow import schema
+from gradflow.errors import StoreError
+from gradflow.spec import RunSpec, flatten
+
+STATUSES = ("running", "done", "diverged", "interrupted", "failed")
+FINISHED = ("done", "diverged")
+"""Statuses of a run that has its result: it is not run again."""
+METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+CORE_FIELDS = ("network", "depth", "skip", "seed", "data", "lr")
+"""Fields that every table of `Runs` carries, beside those in which its runs differ."""
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+# --- JSON with non-finite numbers as strings --------------------------------------------------------
+
+
+def encode(value: Any) -> Any:
+    """Plain JSON data; NaN, Infinity and -Infinity become these words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {str(name): encode(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode`."""
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {name: decode(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    return value
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(encode(value), indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StoreError(f"{path}: missing") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: unreadable ({error})") from None
+    if not isinstance(value, dict):
+        raise StoreError(f"{path}: unreadable (not a JSON object)")
+    return decode(value)
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+
+class RunWriter:
+    """Writes one run; a context manager that leaves the run with the status of how it ended.
+
+    Args:
+        path: the run's directory; made, and locked until the writer is closed. What an earlier,
+            unfinished attempt left in it is removed.
+        spec: the content of spec.json.
+        origin: `gradflow`, or `external` for a record of somebody's own loop.
+
+    Raises:
+        StoreError: the directory cannot be written, or another process is at work in it.
+    """
+
+    def __init__(self, path: str | Path, spec: Mapping[str, Any], *, origin: str = "gradflow"):
+        self.path = Path(path)
+        self._parts = self.path / "parts"
+        self._count = 0
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+            self._clear()
+            _write_json(self.path / "spec.json", spec)
+            self.record: dict[str, Any] = {"origin": origin, "status": "running"}
+            self.update(started=time.time())
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+    def _clear(self) -> None:
+        shutil.rmtree(self._parts, ignore_errors=True)
+        for path in [*self.path.glob("*.parquet"), *self.path.glob(".*.tmp")]:
+            path.unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.record["status"] != "running":
+            return
+        if kind is None:
+            self.finish("done")
+        elif issubclass(kind, KeyboardInterrupt | SystemExit):
+            self.finish("interrupted")
+        else:
+            self.finish("failed", error=f"{kind.__name__}: {error}")
+
+    def append(self, name: str, data: pa.Table) -> None:
+        """Add rows to a table, in a file of their own that is readable at once."""
+        if data.num_rows:
+            self._count += 1
+            schema.write(data, self._parts / f"{name}-{self._count:06d}.parquet")
+
+    def write(self, name: str, data: pa.Table) -> None:
+        """Write a whole table that gets no more rows, as `modules`."""
+        schema.write(data, self.path / f"{name}.parquet")
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of run.json."""
+        self.record |= fields
+        _write_json(self.path / "run.json", self.record)
+
+    def finish(self, status: str, **fields: Any) -> None:
+        """Merge the parts, set the status and unlock. Nothing may be written afterwards."""
+        for name in schema.KEYS:
+            data = _read_parts(self._parts, name)
+            if data is not None:
+                schema.write(data, self.path / f"{name}.parquet")
+        ended = time.time()
+        seconds = ended - self.record["started"]
+        self.update(status=status, ended=ended, seconds=seconds, **fields)
+        shutil.rmtree(self._parts, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _lock(path: Path) -> int:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise StoreError(f"{path}: another process is computing this run") from None
+    return handle
+
+
+def _read_parts(directory: Path, name: str) -> pa.Table | None:
+    paths = sorted(directory.glob(f"{name}-*.parquet"))
+    return schema.concatenate([schema.read(path) for path in paths]) if paths else None
+
+
+def prepare(runs_dir: str | Path) -> Path:
+    """The store's directory, made if missing. Raises StoreError where it cannot be written."""
+    path = Path(runs_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(f"runs_dir={path}: cannot be written ({error.strerror})") from None
+    return path
+
+
+# --- reading one run --------------------------------------------------------------------------------
+
+
+class Run:
+    """One run of a store, finished or not. Reads run.json and spec.json at once, tables on demand.
+
+    Raises:
+        StoreError: one of the two is missing or unreadable.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.record = _read_json(self.path / "run.json")
+        self.spec = _read_json(self.path / "spec.json")
+        if self.record.get("status") not in STATUSES:
+            raise StoreError(f"{self.path / 'run.json'}: unreadable (no status)")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.status})"
+
+    @property
+    def run_id(self) -> str:
+        """The hash at the end of the directory's name; for an external run a hash of its name."""
+        if self.record.get("origin") == "gradflow":
+            return self.path.name.rsplit("-", 1)[-1]
+        return hashlib.sha256(self.path.name.encode()).hexdigest()[:10]
+
+    @property
+    def status(self) -> str:
+        return self.record["status"]
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process of this machine is at work on the run."""
+        try:
+            os.close(_lock(self.path))
+        except OSError:
+            return self.status == "running"
+        return False
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Final metrics: `train_loss`, `train_accuracy`, `test_loss`, `test_accuracy`."""
+        return self.record.get("metrics", {})
+
+    def columns(self) -> dict[str, Any]:
+        """The spec as one flat row of columns."""
+        return flatten(self.spec)
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table | None:
+        """A recorded table, or None where it has no rows (yet). Raises StoreError if damaged."""
+        whole = self.path / f"{name}.parquet"
+        try:
+            data = schema.read(whole) if whole.exists() else _read_parts(self.path / "parts", name)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{whole}: unreadable ({str(error).splitlines()[0]})") from None
+        return data if data is None or columns is None else data.select(columns)
+
+    def frame(self, name: str) -> pd.DataFrame:
+        """A recorded table as a frame; without rows or columns where nothing was recorded."""
+        data = self.table(name)
+        return pd.DataFrame() if data is None else schema.to_pandas(data)
+
+    def with_modules(self, name: str) -> pd.DataFrame:
+        """A table of layers, each row with its module's position, kind, stage, shape, …"""
+        frame, modules = self.frame(name), self.frame("modules")
+        return frame if frame.empty else frame.merge(modules, on="layer", how="left")
+
+
+def find(runs_dir: str | Path, spec: RunSpec) -> Run | None:
+    """The finished run of this spec, if the store has it and it is what its name says."""
+    path = Path(runs_dir) / spec.name
+    if not path.is_dir():
+        return None
+    with contextlib.suppress(StoreError):
+        run = Run(path)
+        if run.status in FINISHED and run.spec == decode(json.loads(json.dumps(spec.to_dict()))):
+            return run
+    return None
+
+
+def mark_dead(path: str | Path, status: str, error: str) -> None:
+    """Write down the end of a run whose process died without doing so; parts stay as they are.
+
+    Does nothing where the run has ended, was never begun, or has a process at work on it. Raises
+    StoreError where it cannot be read or written.
+    """
+    path = Path(path)
+    if not (path / "run.json").exists():
+        return
+    try:
+        handle = _lock(path)
+    except StoreError:
+        return
+    try:
+        record = Run(path).record
+        if record["status"] == "running":
+            _write_json(path / "run.json", record | {"status": status, "error": error})
+    except OSError as problem:
+        if isinstance(problem, StoreError):
+            raise
+        raise StoreError(f"{path}: cannot be written ({problem.strerror})") from None
+    finally:
+        os.close(handle)
+
+
+# --- reading many -----------------------------------------------------------------------------------
+
+
+class Runs:
+    """The runs of one or more stores as frames.
+
+    `runs` has one row a run: `run_id`, `run` (directory's name), `path`, `origin`, `status`, the
+    spec's fields, the final metrics, `parameter_count`, `seconds`, `recorder_share`, `error`.
+    `problems` lists what was passed over, a line each.
+    """
+
+    def __init__(self, members: Iterable[Run], problems: Iterable[str] = ()):
+        self.members = list(members)
+        self.problems = list(problems)
+        self._columns = {run.path: run.columns() for run in self.members}
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self):
+        return iter(self.members)
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        rows = []
+        for run in self.members:
+            record = run.record
+            rows.append(
+                {"run_id": run.run_id, "run": run.path.name, "path": str(run.path)}
+                | {"origin": record.get("origin"), "status": run.status}
+                | self._columns[run.path]
+                | {name: run.metrics.get(name) for name in METRICS}
+                | {
+                    "parameter_count": record.get("certificate", {}).get("parameter_count"),
+                    "steps": record.get("steps"),
+                    "seconds": record.get("seconds"),
+                    "recorder_share": record.get("recorder_share"),
+                    "error": record.get("error"),
+                }
+            )
+        labels = list(dict.fromkeys(name for row in rows for name in row))
+        return pd.DataFrame({name: _column([row.get(name) for row in rows]) for name in labels})
+
+    def table(
+        self, name: str, quantity: str | None = None, *, fields: Sequence[str] | None = None
+    ) -> pd.DataFrame:
+        """A recorded table over all runs, with `run_id`, module columns and the spec's fields.
+
+        Args:
+            name: weights, outputs, blocks, steps, evaluations, probes, modules.
+            quantity: one column alone, without the rows in which it was not measured.
+            fields: which of the spec's fields; by default `network, depth, skip, seed, data, lr`
+                and all in which the runs differ.
+        """
+        chosen = self._varying() if fields is None else list(fields)
+        parts = []
+        for run in self.members:
+            try:
+                parts.append(self._part(run, name, quantity, chosen))
+            except StoreError as error:
+                self.problems.append(str(error))
+        present = [part for part in parts if part is not None]
+        return schema.to_pandas(schema.concatenate(present)) if present else pd.DataFrame()
+
+    def _part(
+        self, run: Run, name: str, quantity: str | None, chosen: Sequence[str]
+    ) -> pa.Table | None:
+        data = run.table(name)
+        if data is None or (quantity is not None and quantity not in data.column_names):
+            return None
+        if quantity is not None:
+            data = data.select([*schema.KEYS[name], quantity])
+            data = data.filter(pc.is_valid(data[quantity]))
+        modules = run.table("modules") if "layer" in schema.KEYS[name] else None
+        if modules is not None and name != "modules":
+            order = pc.index_in(data["layer"].cast(pa.string()), modules["layer"])
+            for label in modules.column_names[1:]:
+                data = data.append_column(label, modules[label].take(order))
+        row = {"run_id": run.run_id} | {f: self._columns[run.path].get(f) for f in chosen}
+        for label, value in reversed(row.items()):
+            if label not in data.column_names:
+                data = data.add_column(0, label, pa.repeat(pa.scalar(value), len(data)))
+        return data
+
+    def _varying(self) -> list[str]:
+        seen: dict[str, set[Any]] = {}
+        for columns in self._columns.values():
+            for name, value in columns.items():
+                seen.setdefault(name, set()).add(value)
+        return [
+            name for name, values in seen.items() if name in CORE_FIELDS or len(values) > 1
+        ]
+
+    def weights(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
+        """`weight_grad_norm`, `weight_norm`, `update_norm` by step and layer."""
+        return self.table("weights", quantity, **options)
+
+    def outputs(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
+        """`output_rms`, `output_grad_norm` by step and layer."""
+        return self.table("outputs", quantity, **options)
+
+    def blocks(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
+        """`branch_rms`, `skip_rms`, `branch_grad_norm`, `skip_grad_norm` by step and block."""
+        return self.table("blocks", quantity, **options)
+
+    def steps(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
+        """`loss`, `lr`, `grad_norm`, … by step."""
+        return self.table("steps", quantity, **options)
+
+    def evaluations(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
+        """`loss` and `accuracy` by step and split."""
+        return self.table("evaluations", quantity, **options)
+
+    def probes(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
+        """Values of probes by probe, step, layer and x."""
+        return self.table("probes", quantity, **options)
+
+    def modules(self, **options: Any) -> pd.DataFrame:
+        """Every module of every run: layer, position, kind, stage, shape, parameters, calls."""
+        return self.table("modules", **options)
+
+    def meanings(self) -> dict[str, dict[str, str]]:
+        """Quantity -> its `meaning` and `unit`, as stamped into the recorded files."""
+        found: dict[str, dict[str, str]] = {}
+        for run in self.members:
+            for name in schema.KEYS:
+                with contextlib.suppress(StoreError):
+                    data = run.table(name)
+                    for item in data.schema if data is not None else ():
+                        if item.metadata and item.name not in found:
+                            found[item.name] = {
+                                label.decode(): text.decode()
+                                for label, text in item.metadata.items()
+                                if label in (b"meaning", b"unit")
+                            }
+        return found
+
+
+def _column(values: list[Any]) -> Any:
+    try:
+        array = pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        array = pa.array([None if value is None else str(value) for value in values])
+    return pd.Series(array.to_pandas(types_mapper=pd.ArrowDtype), dtype=pd.ArrowDtype(array.type))
+
+
+def load_runs(*runs_dirs: str | Path) -> Runs:
+    """All runs below the given stores (default `runs`), finished or not, ours or a user's.
+
+    A directory without run.json and spec.json that can be read is passed over and named in
+    `problems`. Raises StoreError where a given directory does not exist.
+    """
+    members, problems = [], []
+    for directory in map(Path, runs_dirs or ("runs",)):
+        if not directory.is_dir():
+            raise StoreError(f"{directory}: no such directory of runs")
+        candidates = [directory] if (directory / "run.json").exists() else _subdirectories(directory)
+        for path in candidates:
+            try:
+                members.append(Run(path))
+            except StoreError as error:
+                problems.append(str(error))
+    return Runs(members, problems)
+
+
+def _subdirectories(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))

@@ -1,0 +1,118 @@
+"""A `Recorder` inside anyone's Lightning Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+
+from gradflow.recording import Recorder
+from gradflow.recording.schedules import Schedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from gradflow.store import RunWriter
+
+
+class GradientFlow(pl.Callback):
+    """Records gradient flow while a Trainer fits: `Trainer(callbacks=[GradientFlow()])`.
+
+    Gradients are read in `on_before_optimizer_step`: complete under accumulation, unscaled,
+    reduced, not yet clipped.
+
+    Args:
+        quantities, schedule, save, meta: as for `gradflow.Recorder`.
+        on_divergence: `stop` ends the fit at the first step whose loss or gradient is not finite;
+            `continue` goes on. Either way no update is applied at such a step, where it is
+            noticed in time: each step on a CPU, at the next flush on a GPU.
+        model: what to watch; by default the LightningModule itself.
+        values: more numbers for the table `steps`, asked for at each step.
+        repeat_forward: repeats the last forward pass, to find the module at which it diverged
+            where outputs were not measured.
+
+    Attributes:
+        recorder: the `Recorder`, from the start of the fit on; its tables stay readable after it.
+    """
+
+    recorder: Recorder
+
+    def __init__(
+        self,
+        quantities: str | Iterable[str] = "default",
+        schedule: Schedule | Mapping[str, Schedule] | None = None,
+        save: str | Path | RunWriter | None = None,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        on_divergence: str = "stop",
+        model: nn.Module | None = None,
+        values: Callable[[], Mapping[str, Tensor | float]] | None = None,
+        repeat_forward: Callable[[], None] | None = None,
+    ):
+        self._options = {"quantities": quantities, "schedule": schedule, "save": save, "meta": meta}
+        self._on_divergence, self._model = on_divergence, model
+        self._values, self._repeat_forward = values, repeat_forward
+        self._loss: Tensor | float = 0.0
+        self._open = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.recorder = Recorder(
+            self._model or pl_module,
+            optimizer=trainer.optimizers[0],
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            **self._options,  # type: ignore[arg-type]
+        )
+        self.recorder.__enter__()
+        self._open = True
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        # Lightning has divided by the number of accumulated batches, and scaled for fp16.
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        loss = loss.detach()
+        self._loss = self._loss + (loss / scaler.scale(loss.new_ones(())) if scaler else loss)
+
+    def on_before_optimizer_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        loss, self._loss = self._loss, 0.0
+        known = self.recorder.divergence
+        values = self._values() if self._values is not None else {}
+        finite = self.recorder.step(loss, **values)
+        if not finite:
+            # An optimizer passes over parameters without gradient: nothing is updated.
+            optimizer.zero_grad(set_to_none=True)
+        if known is None and self.recorder.divergence is not None:
+            self._locate()
+            trainer.should_stop = trainer.should_stop or self._on_divergence == "stop"
+
+    def _locate(self) -> None:
+        found = self.recorder.divergence
+        assert found is not None
+        latest = found.step == self.recorder.next_step - 1
+        if self._repeat_forward is None or found.quantity.endswith("_rms") or not latest:
+            return
+        layer = self.recorder.locate_forward(self._repeat_forward)
+        if layer is not None:
+            self.recorder.divergence = replace(found, layer=layer, quantity="output_rms")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close(None)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._close(exception)
+
+    def _close(self, error: BaseException | None) -> None:
+        if self._open:
+            self._open = False
+            self.recorder.__exit__(type(error) if error else None, error, None)
