@@ -30,15 +30,15 @@ SPECS = tuple(
 def draw_initialisation(specs: tuple[RunSpec, ...], path: Path) -> Path:
     """Draw the first seed's gradient profiles at initialisation into `path`, in seconds."""
     import gradflow
-    from gradflow import plots
+    from gradflow import plots, report
 
     with tempfile.TemporaryDirectory() as store:
         for spec in specs:
             if spec.seed == SEEDS[0]:
                 gradflow.run(spec.but(max_steps=0), runs_dir=store, threads=1)
-        frame = gradflow.load_runs(store).weights("weight_grad_norm")
+        profiles = report.gather(gradflow.load_runs(store)).profiles
     path.parent.mkdir(parents=True, exist_ok=True)
-    plots.gradient_profiles(frame).savefig(path, dpi=150)
+    plots.profile(profiles).savefig(path, dpi=150)
     return path
 
 

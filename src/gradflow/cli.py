@@ -156,13 +156,13 @@ def _check_target(spec: RunSpec) -> None:
 def _run(spec: RunSpec, execution: Execution) -> int:
     from dataclasses import asdict
 
-    from gradflow.progress import Display
+    from gradflow.progress import Display, guarded
 
     settings = asdict(execution)
-    with Display([spec]) as display:
+    with Display() as display:
         from gradflow.run import run
 
-        finished = run(spec, emit=display.tell, **settings)
+        finished = run(spec, emit=guarded(display), **settings)
     from gradflow.tables import summary
 
     for line in summary(finished):
@@ -173,7 +173,10 @@ def _run(spec: RunSpec, execution: Execution) -> int:
 def _sweep(specs: list[RunSpec], execution: Execution) -> int:
     from dataclasses import asdict
 
+    from gradflow.progress import Display
     from gradflow.sweep import sweep
 
-    result = sweep(specs, **asdict(execution))
+    with Display() as display:
+        result = sweep(specs, display=display, **asdict(execution))
+    print(result.summary())
     return 1 if result.failures else 0

@@ -35,8 +35,7 @@ def specs_from(config: DictConfig) -> tuple[RunSpec, Execution]:
     Raises:
         SpecError: a value that is not allowed.
     """
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict)
+    values: Any = OmegaConf.to_container(config, resolve=True)
     execution = {item.name: values.pop(item.name) for item in fields(Execution)}
     return RunSpec.from_dict(values), Execution(**execution)
 

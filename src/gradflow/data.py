@@ -105,16 +105,15 @@ def _synthetic(spec: DataSpec) -> tuple[_Arrays, _Arrays]:
     Gaussian noise of .5 lies over the whole image. The random sign and place leave a linear model
     little to go by; a convolution finds the template.
     """
-    assert spec.seed is not None and spec.size is not None
-    assert spec.train is not None and spec.test is not None
-    random = np.random.default_rng(derived_seed("synthetic", spec.seed))
+    seed, size, train, test = (v or 0 for v in (spec.seed, spec.size, spec.train, spec.test))
+    random = np.random.default_rng(derived_seed("synthetic", seed))
     templates = random.standard_normal((10, 3, _TEMPLATE, _TEMPLATE))
     templates /= np.sqrt(np.mean(templates**2, axis=(1, 2, 3), keepdims=True))
 
     def draw(count: int) -> _Arrays:
         labels = np.arange(count) % 10
-        images = _NOISE * random.standard_normal((count, 3, spec.size, spec.size))
-        rows, columns = random.integers(0, spec.size - _TEMPLATE + 1, (2, count))
+        images = _NOISE * random.standard_normal((count, 3, size, size))
+        rows, columns = random.integers(0, size - _TEMPLATE + 1, (2, count))
         signs = random.choice([-1.0, 1.0], count)
         for image, label, row, column, sign in zip(
             images, labels, rows, columns, signs, strict=True
@@ -123,7 +122,7 @@ def _synthetic(spec: DataSpec) -> tuple[_Arrays, _Arrays]:
             image[patch] += sign * templates[label]
         return images, labels
 
-    return draw(spec.train), draw(spec.test)
+    return draw(train), draw(test)
 
 
 def _files(spec: DataSpec) -> tuple[_Arrays, _Arrays]:
@@ -141,7 +140,7 @@ def _files(spec: DataSpec) -> tuple[_Arrays, _Arrays]:
 
 def _read_npz(path: Path) -> _Arrays:
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             images, labels = content["x"], content["y"]
     except Exception as error:  # a damaged archive raises whatever zipfile finds first
         raise GradflowError(f"{path}: unreadable ({error})") from None

@@ -23,7 +23,7 @@ from gradflow.recording.quantities import ALL
 from gradflow.recording.schedules import Schedule, every
 from gradflow.spec import Execution, RunSpec
 from gradflow.store import Run, RunWriter, encode, find, prepare
-from gradflow.tracking import make_tracker
+from gradflow.tracking import Tracker, make_tracker
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -53,7 +53,7 @@ def run(spec: RunSpec, *, emit: Emit | None = None, **settings: Any) -> Run:
     found = find(store, spec)
     if found is None:
         device = _device(execution.device, spec)
-        _set_up_process(execution.threads)
+        set_up_process(execution.threads)
         data = load_data(spec.data)
         with RunWriter(store / spec.name, spec.to_dict()) as writer:
             _compute(spec, data, device, writer, execution.logger, tell)
@@ -82,35 +82,51 @@ def _compute(
     writer.update(certificate=certificate)
     data = data.to(device, _dtype(spec))
     tracker = make_tracker(logger, writer.path, spec)
-    if spec.max_steps == 0:
-        fields = _measure_initialisation(network, data, spec, writer)
-        certificate["batches"] = fields.pop("batches_digest")
-        status = "diverged" if fields.get("divergence") else "done"
-    else:
-        from gradflow.training.fit import train
-
-        outcome = train(
-            network,
-            data,
-            spec,
-            device=device,
-            schedule=_schedules(spec),
-            quantities=_quantities(spec),
-            writer=writer,
-            tracker=tracker,
-            emit=tell,
-        )
-        status = "done" if outcome.divergence is None else "diverged"
-        certificate["batches"] = outcome.batches_digest
-        fields = {
-            "steps": outcome.steps,
-            "metrics": outcome.metrics,
-            "recorder_seconds": outcome.recorder_seconds,
-            "recorder_share": outcome.recorder_seconds / outcome.fit_seconds,
-            "divergence": None if outcome.divergence is None else asdict(outcome.divergence),
-        }
+    try:
+        fields = _measure(network, data, spec, device, writer, tracker, tell)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        tracker.finish("interrupted" if interrupted else "failed", {}, {})
+        raise
+    status = "done" if fields["divergence"] is None else "diverged"
+    certificate["batches"] = fields.pop("batches_digest")
     writer.finish(status, certificate=certificate, **fields)
-    tracker.finish(status, fields.get("metrics", {}), _figures(writer, logger))
+    tracker.finish(status, fields["metrics"], _figures(writer, logger))
+
+
+def _measure(
+    network: nn.Module,
+    data: Data,
+    spec: RunSpec,
+    device: torch.device,
+    writer: RunWriter,
+    tracker: Tracker,
+    tell: Emit,
+) -> dict[str, Any]:
+    """Train, or measure initialisation alone; what run.json says of the outcome."""
+    if spec.max_steps == 0:
+        return _measure_initialisation(network, data, spec, writer)
+    from gradflow.training.fit import train
+
+    outcome = train(
+        network,
+        data,
+        spec,
+        device=device,
+        schedule=_schedules(spec),
+        quantities=_quantities(spec),
+        writer=writer,
+        tracker=tracker,
+        emit=tell,
+    )
+    return {
+        "steps": outcome.steps,
+        "metrics": outcome.metrics,
+        "batches_digest": outcome.batches_digest,
+        "recorder_seconds": outcome.recorder_seconds,
+        "recorder_share": outcome.recorder_seconds / outcome.fit_seconds,
+        "divergence": None if outcome.divergence is None else asdict(outcome.divergence),
+    }
 
 
 def _figures(writer: RunWriter, logger: str) -> dict[str, Any]:
@@ -147,6 +163,7 @@ def _measure_initialisation(
     divergence = recorder.divergence
     return {
         "steps": 0,
+        "metrics": {},
         "batches_digest": consumed.hexdigest()[:16],
         "recorder_seconds": recorder.seconds,
         "divergence": None if divergence is None else asdict(divergence),
@@ -161,7 +178,8 @@ def _network(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
     channels, height, width = data.shape
     features = channels * height * width if spec.network.name == "mlp" else channels
     network = build(spec, in_channels=features, num_classes=data.num_classes)
-    return network.to(device, _dtype(spec), memory_format=torch.channels_last)
+    # Channels last is the layout that convolutions prefer, on CPUs and GPUs; it moves no number.
+    return network.to(device, _dtype(spec)).to(memory_format=torch.channels_last)  # type: ignore
 
 
 def _dtype(spec: RunSpec) -> torch.dtype:
@@ -208,7 +226,8 @@ def _device(name: str, spec: RunSpec) -> torch.device:
     return device
 
 
-def _set_up_process(threads: int | str) -> None:
+def set_up_process(threads: int | str) -> None:
+    """Set the CPU threads of this process (`auto` leaves them), and how it keeps its memory."""
     if threads != "auto":
         torch.set_num_threads(int(threads))
     if platform.system() == "Linux":

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 _LAYER = pa.dictionary(pa.int32(), pa.string())
@@ -62,7 +63,9 @@ def table(name: str, columns: Mapping[str, Any], meanings: Meanings | None = Non
         array = pa.array(plain, mask=mask) if mask is not None else pa.array(plain)
         if label in types and array.type != types[label]:
             array = array.cast(types[label])
-        note = {key.encode(): text.encode() for key, text in (meanings or {}).get(label, {}).items()}
+        note = {
+            key.encode(): text.encode() for key, text in (meanings or {}).get(label, {}).items()
+        }
         arrays.append(array)
         items.append(pa.field(label, array.type, metadata=note or None))
     return pa.Table.from_arrays(arrays, schema=pa.schema(items))
@@ -80,7 +83,7 @@ def write(data: pa.Table, path: Path) -> None:
         use_dictionary=[f.name for f in data.schema if f.name not in values],
         use_byte_stream_split=values,
     )
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def read(path: Path) -> pa.Table:
@@ -93,6 +96,23 @@ def concatenate(parts: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(parts, promote_options="permissive").unify_dictionaries()
 
 
+def with_modules(data: pa.Table, modules: pa.Table | None) -> pa.Table:
+    """A table of layers, each row with the columns of its module; any other table as it is."""
+    if modules is None or "layer" not in data.column_names:
+        return data
+    order = pc.index_in(data["layer"].cast(pa.string()), modules["layer"])
+    for label in modules.column_names[1:]:
+        data = data.append_column(label, modules[label].take(order))
+    return data
+
+
 def to_pandas(data: pa.Table) -> pd.DataFrame:
-    """A frame of Arrow-backed columns, in which null (not measured) and NaN (measured) differ."""
-    return data.to_pandas(types_mapper=pd.ArrowDtype)
+    """A frame of Arrow-backed columns, in which null (not measured) and NaN (measured) differ.
+
+    Dictionaries become categories, in the order of the network; pandas cannot sort Arrow's own.
+    """
+
+    def dtype(kind: pa.DataType) -> pd.ArrowDtype | None:
+        return None if pa.types.is_dictionary(kind) else pd.ArrowDtype(kind)
+
+    return data.to_pandas(types_mapper=dtype)

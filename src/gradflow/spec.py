@@ -218,6 +218,8 @@ def _checked(owner: Any, name: str, value: Any, label: str) -> Any:
 def _spelled(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
@@ -369,9 +371,7 @@ class RunSpec:
     depth: int | None = key(
         None, _integer(1), "weight layers: 6n+2 for cifar; 18, 34, 50, 101, 152 for imagenet"
     )
-    width: int | None = key(
-        None, _integer(1), "channels of the first stage, or of a layer (mlp)"
-    )
+    width: int | None = key(None, _integer(1), "channels of the first stage, or of a layer (mlp)")
     skip: str | None = key(None, _choice(SKIPS, _SKIP_ALIASES), "true, false, or a kind of skip")
     skip_forward: float | None = key(None, _real(), "a: dose of the skip in the forward pass")
     skip_backward: float | None = key(None, _real(), "b: dose of the skip in the backward pass")
@@ -382,7 +382,9 @@ class RunSpec:
     drop_rate: float | None = key(
         None, _real(0, 1, below=True), "stochastic_depth: chance that the last block is dropped"
     )
-    order: str | None = key(None, _choice(ORDERS), "activation after the addition, or before the weights")
+    order: str | None = key(
+        None, _choice(ORDERS), "activation after the addition or before the weights"
+    )
     norm: str | None = key(None, _choice(NORMS), "normalisation")
     groups: int | None = key(None, _integer(1), "norm=group: groups of channels")
     activation: str | None = key(None, _choice(ACTIVATIONS), "after a normalised layer")
@@ -392,7 +394,9 @@ class RunSpec:
     sigma_b: float | None = key(None, _real(0), "gaussian: biases' deviation")
     padding: str | None = key(None, _choice(PADDINGS), "padding of convolutions")
     shortcut: str | None = key(
-        None, _choice(SHORTCUTS), "cifar: the skip where shapes change, subsample and pad or projection"
+        None,
+        _choice(SHORTCUTS),
+        "cifar: where shapes change, subsample and pad, or projection",
     )
 
     data: DataSpec = key(DataSpec, None, "digits, synthetic, files")

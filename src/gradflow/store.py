@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,7 +45,7 @@ CORE_FIELDS = ("network", "depth", "skip", "seed", "data", "lr")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-# --- JSON with non-finite numbers as strings --------------------------------------------------------
+# --- JSON with non-finite numbers as strings ------------------------------------------------------
 
 
 def encode(value: Any) -> Any:
@@ -73,7 +73,7 @@ def decode(value: Any) -> Any:
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(encode(value), indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return decode(value)
 
 
-# --- writing ----------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 class RunWriter:
@@ -101,26 +101,34 @@ class RunWriter:
         origin: `gradflow`, or `external` for a record of somebody's own loop.
 
     Raises:
-        StoreError: the directory cannot be written, or another process is at work in it.
+        StoreError: the directory cannot be written, holds something else than a run, or another
+            process is at work in it.
     """
 
     def __init__(self, path: str | Path, spec: Mapping[str, Any], *, origin: str = "gradflow"):
         self.path = Path(path)
         self._parts = self.path / "parts"
         self._count = 0
+        self.record: dict[str, Any] = {"origin": origin, "status": "running"}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
-            self._clear()
-            _write_json(self.path / "spec.json", spec)
-            self.record: dict[str, Any] = {"origin": origin, "status": "running"}
-            self.update(started=time.time())
-        except OSError as error:
-            if isinstance(error, StoreError):
+            try:
+                self._clear()
+                _write_json(self.path / "spec.json", spec)
+                self.update(started=time.time())
+            except BaseException:
+                os.close(self._lock)
                 raise
+        except StoreError:
+            raise
+        except OSError as error:
             raise StoreError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def _clear(self) -> None:
+        ours = any((self.path / name).exists() for name in ("spec.json", "run.json"))
+        if not ours and any(not path.name.startswith(".") for path in self.path.iterdir()):
+            raise StoreError(f"{self.path}: holds other files, and no run")
         shutil.rmtree(self._parts, ignore_errors=True)
         for path in [*self.path.glob("*.parquet"), *self.path.glob(".*.tmp")]:
             path.unlink()
@@ -199,7 +207,7 @@ def prepare(runs_dir: str | Path) -> Path:
     return path
 
 
-# --- reading one run --------------------------------------------------------------------------------
+# --- reading one run ------------------------------------------------------------------------------
 
 
 class Run:
@@ -250,12 +258,22 @@ class Run:
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table | None:
         """A recorded table, or None where it has no rows (yet). Raises StoreError if damaged."""
-        whole = self.path / f"{name}.parquet"
         try:
-            data = schema.read(whole) if whole.exists() else _read_parts(self.path / "parts", name)
+            data = self._read(name)
         except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{whole}: unreadable ({str(error).splitlines()[0]})") from None
+            reason = str(error).splitlines()[0]
+            raise StoreError(f"{self.path}: {name} unreadable ({reason})") from None
+        lacking = () if data is None else sorted(set(schema.KEYS[name]) - set(data.column_names))
+        if lacking:
+            raise StoreError(f"{self.path}: {name} unreadable (has no {', '.join(lacking)})")
         return data if data is None or columns is None else data.select(columns)
+
+    def _read(self, name: str) -> pa.Table | None:
+        """From the parts, unless they have been merged: that may happen while they are read."""
+        parts, whole = None, self.path / f"{name}.parquet"
+        with contextlib.suppress(FileNotFoundError):
+            parts = _read_parts(self.path / "parts", name)
+        return schema.read(whole) if whole.exists() else parts
 
     def frame(self, name: str) -> pd.DataFrame:
         """A recorded table as a frame; without rows or columns where nothing was recorded."""
@@ -264,8 +282,10 @@ class Run:
 
     def with_modules(self, name: str) -> pd.DataFrame:
         """A table of layers, each row with its module's position, kind, stage, shape, …"""
-        frame, modules = self.frame(name), self.frame("modules")
-        return frame if frame.empty else frame.merge(modules, on="layer", how="left")
+        data = self.table(name)
+        if data is None:
+            return pd.DataFrame()
+        return schema.to_pandas(schema.with_modules(data, self.table("modules")))
 
 
 def find(runs_dir: str | Path, spec: RunSpec) -> Run | None:
@@ -275,7 +295,7 @@ def find(runs_dir: str | Path, spec: RunSpec) -> Run | None:
         return None
     with contextlib.suppress(StoreError):
         run = Run(path)
-        if run.status in FINISHED and run.spec == decode(json.loads(json.dumps(spec.to_dict()))):
+        if run.status in FINISHED and run.spec == decode(encode(spec.to_dict())):
             return run
     return None
 
@@ -305,7 +325,7 @@ def mark_dead(path: str | Path, status: str, error: str) -> None:
         os.close(handle)
 
 
-# --- reading many -----------------------------------------------------------------------------------
+# --- reading many ---------------------------------------------------------------------------------
 
 
 class Runs:
@@ -324,7 +344,7 @@ class Runs:
     def __len__(self) -> int:
         return len(self.members)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Run]:
         return iter(self.members)
 
     @property
@@ -360,17 +380,20 @@ class Runs:
                 and all in which the runs differ.
         """
         chosen = self._varying() if fields is None else list(fields)
+        values = {f: _array([self._columns[run.path].get(f) for run in self]) for f in chosen}
         parts = []
-        for run in self.members:
+        for place, run in enumerate(self.members):
+            described = {label: array[place] for label, array in values.items()}
             try:
-                parts.append(self._part(run, name, quantity, chosen))
+                parts.append(self._part(run, name, quantity, described))
             except StoreError as error:
-                self.problems.append(str(error))
+                if str(error) not in self.problems:
+                    self.problems.append(str(error))
         present = [part for part in parts if part is not None]
         return schema.to_pandas(schema.concatenate(present)) if present else pd.DataFrame()
 
     def _part(
-        self, run: Run, name: str, quantity: str | None, chosen: Sequence[str]
+        self, run: Run, name: str, quantity: str | None, described: Mapping[str, pa.Scalar]
     ) -> pa.Table | None:
         data = run.table(name)
         if data is None or (quantity is not None and quantity not in data.column_names):
@@ -378,15 +401,12 @@ class Runs:
         if quantity is not None:
             data = data.select([*schema.KEYS[name], quantity])
             data = data.filter(pc.is_valid(data[quantity]))
-        modules = run.table("modules") if "layer" in schema.KEYS[name] else None
-        if modules is not None and name != "modules":
-            order = pc.index_in(data["layer"].cast(pa.string()), modules["layer"])
-            for label in modules.column_names[1:]:
-                data = data.append_column(label, modules[label].take(order))
-        row = {"run_id": run.run_id} | {f: self._columns[run.path].get(f) for f in chosen}
+        if name != "modules":
+            data = schema.with_modules(data, run.table("modules"))
+        row = {"run_id": pa.scalar(run.run_id), **described}
         for label, value in reversed(row.items()):
             if label not in data.column_names:
-                data = data.add_column(0, label, pa.repeat(pa.scalar(value), len(data)))
+                data = data.add_column(0, label, pa.repeat(value, len(data)))
         return data
 
     def _varying(self) -> list[str]:
@@ -394,9 +414,7 @@ class Runs:
         for columns in self._columns.values():
             for name, value in columns.items():
                 seen.setdefault(name, set()).add(value)
-        return [
-            name for name, values in seen.items() if name in CORE_FIELDS or len(values) > 1
-        ]
+        return [name for name, values in seen.items() if name in CORE_FIELDS or len(values) > 1]
 
     def weights(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
         """`weight_grad_norm`, `weight_norm`, `update_norm` by step and layer."""
@@ -443,11 +461,16 @@ class Runs:
         return found
 
 
-def _column(values: list[Any]) -> Any:
+def _array(values: list[Any]) -> pa.Array:
+    """One type for all: text where a user's `meta` mixes numbers and words."""
     try:
-        array = pa.array(values)
+        return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        array = pa.array([None if value is None else str(value) for value in values])
+        return pa.array([None if value is None else str(value) for value in values])
+
+
+def _column(values: list[Any]) -> Any:
+    array = _array(values)
     return pd.Series(array.to_pandas(types_mapper=pd.ArrowDtype), dtype=pd.ArrowDtype(array.type))
 
 
@@ -461,7 +484,9 @@ def load_runs(*runs_dirs: str | Path) -> Runs:
     for directory in map(Path, runs_dirs or ("runs",)):
         if not directory.is_dir():
             raise StoreError(f"{directory}: no such directory of runs")
-        candidates = [directory] if (directory / "run.json").exists() else _subdirectories(directory)
+        candidates = (
+            [directory] if (directory / "run.json").exists() else _subdirectories(directory)
+        )
         for path in candidates:
             try:
                 members.append(Run(path))

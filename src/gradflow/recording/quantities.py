@@ -118,14 +118,15 @@ STEPS = {
 
 
 def select(names: str | Iterable[str]) -> dict[str, list[Quantity]]:
-    """Quantities by table. `names` is `default`, `all`, or quantities' names.
+    """Quantities by table. `names` is `default`, `all`, or one or more quantities' names.
 
     Raises:
         SpecError: a name that no quantity has.
     """
-    chosen = {"default": DEFAULT, "all": ALL}.get(names) if isinstance(names, str) else tuple(names)
-    unknown = [names] if chosen is None else [name for name in chosen if name not in QUANTITIES]
-    if chosen is None or unknown:
+    named = {"default": DEFAULT, "all": ALL}
+    chosen = named.get(names, (names,)) if isinstance(names, str) else tuple(names)
+    unknown = [name for name in chosen if name not in QUANTITIES]
+    if unknown:
         raise SpecError(f"quantities={unknown[0]}: allowed is default, all, or {', '.join(ALL)}")
     tables: dict[str, list[Quantity]] = {}
     for name in ALL:

@@ -16,6 +16,8 @@ recorded steps are bitwise those without a recorder.
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradflow.errors import SpecError
 from gradflow.recording import quantities as registry
 from gradflow.recording.norms import norm, norms
 from gradflow.recording.quantities import Quantity
@@ -77,6 +80,7 @@ class _Module:
     shape: str
     parameters: int
     position: int | None = None
+    first_step: int | None = None
     stage: int | None = None
     calls: int = 0
 
@@ -84,42 +88,67 @@ class _Module:
 class _Buffer:
     """Values of one table: steps × layers × quantities on the device, emptied in chunks.
 
-    Norms of several tensors for one value combine by hypot, which neither under- nor overflows.
+    What is measured in the course of a step stays loose until `close` makes it a row, so that rows
+    are whole steps. Norms of several tensors for one value combine by hypot, which neither under-
+    nor overflows.
     """
 
     def __init__(self, layers: int, chosen: list[Quantity], device: torch.device):
         self.chosen = chosen
         self.index = {quantity.name: column for column, quantity in enumerate(chosen)}
-        rows = _BUFFER_BYTES // (8 * max(1, layers) * len(chosen))
-        self.rows = max(2, min(_FLUSH_STEPS, rows))
+        rows = _BUFFER_BYTES // (8 * layers * len(chosen))
+        self.rows = max(1, min(_FLUSH_STEPS, rows))
         dtype = torch.float32 if device.type == "mps" else torch.float64
         shape = (self.rows, layers, len(chosen))
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self._measured = np.zeros(shape, dtype=bool)
         self._elements = np.zeros(shape, dtype=np.float64)
+        self._zero = torch.zeros((), dtype=dtype, device=device)
+        self._loose: dict[int, Tensor] = {}  # place in a row -> norm
+        self._counts: dict[int, int] = {}  # place in a row -> elements
+        self._places: tuple[list[int], Tensor] = ([], torch.zeros(0, dtype=torch.int64))
         self.steps: list[int] = []
-
-    def open(self, step: int) -> None:
-        """Make `step`'s row the current one."""
-        if not self.steps or self.steps[-1] != step:
-            self.steps.append(step)
 
     @property
     def full(self) -> bool:
-        return len(self.steps) >= self.rows - 1
+        return len(self.steps) >= self.rows
 
     def add(self, layer: int, name: str, value: Tensor, elements: int) -> None:
-        """Combine one tensor's norm into the current row."""
-        row, column = len(self.steps) - 1, self.index[name]
-        cell = self._values[row, layer, column]
-        if self._measured[row, layer, column]:
-            value = torch.hypot(cell, value.to(cell.dtype))
-        self._values[row, layer, column] = value
-        self._measured[row, layer, column] = True
-        self._elements[row, layer, column] += elements
+        """Combine one tensor's norm into the step under way."""
+        place = layer * len(self.chosen) + self.index[name]
+        before = self._loose.get(place, self._zero)
+        self._loose[place] = value if before is self._zero else torch.hypot(before, value)
+        self._counts[place] = self._counts.get(place, 0) + elements
+
+    def expect(self, layer: int, name: str) -> None:
+        """Zero, measured, unless something is added in the course of the step."""
+        self._loose.setdefault(layer * len(self.chosen) + self.index[name], self._zero)
+
+    def close(self, step: int) -> None:
+        """Make what was added the row of `step`, all at once: one by one costs ten times."""
+        if not self._loose:
+            return
+        self.open(step)
+        row, places = len(self.steps) - 1, list(self._loose)
+        if places != self._places[0]:
+            self._places = (places, torch.tensor(places, device=self._values.device))
+        values = torch.stack(list(self._loose.values())).to(self._values.dtype)
+        self._values[row].view(-1)[self._places[1]] = values
+        self._measured[row].reshape(-1)[places] = True
+        self._elements[row].reshape(-1)[places] = [self._counts.get(p, 0) for p in places]
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was added since the last row."""
+        self._loose.clear()
+        self._counts.clear()
+
+    def open(self, step: int) -> None:
+        """Begin the row of `step`."""
+        self.steps.append(step)
 
     def fill(self, name: str, values: Tensor, measured: np.ndarray) -> None:
-        """Set the current row of a norm for all layers at once."""
+        """Set the last row of a norm for all layers at once."""
         row, column = len(self.steps) - 1, self.index[name]
         self._values[row, :, column] = values
         self._measured[row, :, column] = measured
@@ -188,18 +217,18 @@ class Recorder:
     ):
         chosen = registry.select(quantities)
         if optimizer is None and any(q.name == "update_norm" for q in chosen.get("weights", ())):
-            from gradflow.errors import SpecError
-
             raise SpecError("update_norm: give the optimizer whose updates are to be measured")
         self.model = model
         self.optimizer = optimizer
         self.divergence: Divergence | None = None
         self.seconds = 0.0
         self.next_step = 0
-        self._save, self._meta, self._scaler = save, dict(meta or {}), scaler
+        self._save, self._meta = save, dict(meta or {})
+        self._scaled = scaler is not None and scaler.is_enabled()
         self._writer: RunWriter | None = None
         self._schedules = _by_table(schedule)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._nothing = torch.zeros(1, device=self._device)
         wide = any(p.dtype == torch.float64 for p in model.parameters())
         self._dtype = np.float64 if wide else np.float32
 
@@ -217,8 +246,9 @@ class Recorder:
         self._tables: dict[str, list[pa.Table]] = {}
         self._before: list[Tensor] | None = None
         self._undo: list[Callable[[], None]] = []
-        self._stage, self._signature, self._executed = 0, None, 0
-        self._modules_written = -1
+        self._stage, self._executed, self._modules_written = 1, 0, 0
+        self._stages: dict[tuple[Any, ...], int] = {}
+        self._joining = False
         self._flushed = time.monotonic()
         self._started = time.monotonic()
 
@@ -226,29 +256,26 @@ class Recorder:
 
     def _find_modules(self) -> None:
         seen: set[int] = set()
-        inside: tuple[str, ...] = ()
         self._modules: list[_Module] = []  # owners first, then blocks
         self._owners: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
         self._owner_of: list[int] = []
         blocks: list[tuple[str, nn.Module]] = []
         for name, module in self.model.named_modules():
-            is_block = callable(getattr(module, "terms", None))
-            if is_block:
+            if _is_block(module):
                 blocks.append((name, module))
-                inside += (f"{name}.",)
-            own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+            floats = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+            own = [p for p in floats if id(p) not in seen and p.numel()]
             if not own:
                 continue
             seen |= {id(parameter) for parameter in own}
-            kind = "other" if is_block or name.startswith(inside) else _kind(module)
             self._parameters += own
             self._owner_of += [len(self._owners)] * len(own)
             self._owners.append(module)
             weight = max(own, key=lambda parameter: (parameter.dim(), parameter.numel()))
             row = _Module(
                 layer=name or type(module).__name__,
-                kind=kind,
+                kind=_kind(module),
                 shape="x".join(map(str, weight.shape)),
                 parameters=sum(parameter.numel() for parameter in own),
             )
@@ -266,6 +293,8 @@ class Recorder:
         self._gather = self._gather.to(self._device)
 
     def __enter__(self) -> Self:
+        if self._undo or (self._writer is not None and self._save is not self._writer):
+            raise RuntimeError("Recorder: it is watching already, or has saved its run")
         if isinstance(self._save, str | Path):
             self._writer = _external_writer(self._save, self._meta)
         else:
@@ -290,6 +319,8 @@ class Recorder:
         for undo in self._undo:
             undo()
         self._undo.clear()
+        for buffer in self._buffers.values():
+            buffer.forget()
         self.flush()
         if isinstance(self._save, str | Path) and self._writer is not None:
             self._finish_external(self._writer, kind, error)
@@ -309,7 +340,6 @@ class Recorder:
         self._note_call(self._modules[index], tensors)
         if self._measures("outputs"):
             buffer = self._buffers["outputs"]
-            buffer.open(self.next_step)
             for tensor in tensors:
                 self._add(buffer, index, "output_rms", tensor.detach())
                 self._watch_gradient(buffer, index, "output_grad_norm", tensor)
@@ -320,20 +350,30 @@ class Recorder:
         if not torch.is_grad_enabled():
             return original(x, branch)
         self._note_call(self._modules[len(self._owners) + index], [branch])
-        if not self._measures("blocks"):
-            return original(x, branch)
+        outer, self._joining = self._joining, True
+        try:
+            if not self._measures("blocks"):
+                return original(x, branch)
+            return self._measure_terms(index, original, x, branch)
+        finally:
+            self._joining = outer
+
+    def _measure_terms(
+        self, index: int, original: Callable[..., Any], x: Tensor, branch: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
         buffer = self._buffers["blocks"]
-        buffer.open(self.next_step)
         # A view of its own sees the gradient that comes this way alone; none comes where the term
         # does not depend on it, and then it is exactly zero.
-        x, branch = x.view_as(x), branch.view_as(branch)
+        x = x.view_as(x)
         for name, tensor in (("skip_grad_norm", x), ("branch_grad_norm", branch)):
-            if name in buffer.index:
-                self._add(buffer, index, name, branch.new_zeros(()))
+            if name in buffer.index and tensor.requires_grad:
+                buffer.expect(index, name)
                 self._watch_gradient(buffer, index, name, tensor)
         skip_term, branch_term = original(x, branch)
-        skip_values = branch.new_zeros(()) if skip_term is None else skip_term.detach()
-        self._add(buffer, index, "skip_rms", skip_values)
+        if skip_term is not None:
+            self._add(buffer, index, "skip_rms", skip_term.detach())
+        elif "skip_rms" in buffer.index:
+            buffer.expect(index, "skip_rms")
         self._add(buffer, index, "branch_rms", branch_term.detach())
         return skip_term, branch_term
 
@@ -350,30 +390,31 @@ class Recorder:
     def _on_gradient(
         self, buffer: _Buffer, index: int, name: str, step: int, gradient: Tensor
     ) -> None:
-        if step == self.next_step and buffer.steps and buffer.steps[-1] == step:
+        if step == self.next_step:
             self._add(buffer, index, name, gradient.detach())
 
     def _note_call(self, row: _Module, outputs: list[Tensor]) -> None:
         if row.position is None:
-            row.position = self._executed
+            row.position, row.first_step = self._executed, self.next_step
             self._executed += 1
+            if self._joining and row.kind != "block":
+                row.kind = "other"  # a gate of the skip, no layer of the branch
             if row.kind in ("conv", "linear") and outputs:
                 shape = outputs[0].shape
                 signature = (row.kind, *(shape[2:] if row.kind == "conv" else shape[-1:]))
-                self._stage += signature != self._signature
-                self._signature = signature
-            row.stage = max(1, self._stage)
-        if self.next_step == 0:
+                self._stage = self._stages.setdefault(signature, len(self._stages) + 1)
+            row.stage = self._stage
+        if row.first_step == self.next_step:
             row.calls += 1
 
     def _on_update(self, *_: Any) -> None:
-        if self._before is None:
-            return
+        if self._before is None or not self._buffers["weights"].steps:
+            return  # not measured at this step, or the step has left the buffer
         began = time.perf_counter()
         with torch.no_grad():
             pairs = zip(self._parameters, self._before, strict=True)
             added = [after.detach() - before for after, before in pairs]
-            self._fill_weights("update_norm", list(added))
+            self._fill_weights("update_norm", norms(added))
         self._before = None
         self.seconds += time.perf_counter() - began
 
@@ -391,27 +432,28 @@ class Recorder:
         """
         if not self._undo:
             raise RuntimeError("Recorder.step outside its `with` block: nothing is watched there")
-        began = time.perf_counter()
         self._before = None
         if self._due():
             self.flush()
-        gradients = [_dense(parameter.grad) for parameter in self._parameters]
-        present = [g for g in gradients if g is not None and g.numel()]
-        gradient_norms = norms(present)
-        total = norm(gradient_norms) if present else None
+        began = time.perf_counter()
+        for buffer in self._buffers.values():
+            buffer.close(self.next_step)
+        present = [parameter.grad is not None for parameter in self._parameters]
+        gradients = norms([self._gradient(parameter) for parameter in self._parameters])
+        total = norm(gradients) if any(present) else None
         if self._measures("weights"):
             self._buffers["weights"].open(self.next_step)
             if self._wants("weights", "weight_grad_norm"):
-                self._fill_weights("weight_grad_norm", gradients, gradient_norms)
+                self._fill_weights("weight_grad_norm", gradients, present)
             if self._wants("weights", "weight_norm"):
-                self._fill_weights("weight_norm", [p.detach() for p in self._parameters])
+                self._fill_weights("weight_norm", norms(self._parameters))
             if self._wants("weights", "update_norm"):
                 self._before = [parameter.detach().clone() for parameter in self._parameters]
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else None
-        row = {"loss": loss, **values, "lr": lr, "grad_norm": total}
+        row = {"loss": loss, "lr": lr, **values, "grad_norm": total}
         self._step_rows.append(
-            {"step": self.next_step}
-            | {name: _kept(value) for name, value in row.items() if value is not None}
+            {name: _kept(value) for name, value in row.items() if value is not None}
+            | {"step": self.next_step}
         )
         finite = self._device.type != "cpu" or self._non_finite(self._step_rows[-1]) is None
         self.next_step += 1
@@ -420,31 +462,29 @@ class Recorder:
             self.flush()
         return finite
 
-    def _fill_weights(
-        self, name: str, tensors: list[Tensor | None], known: Tensor | None = None
-    ) -> None:
-        """Norms by module from tensors by parameter; `known` are the norms of those that exist."""
-        usable = [t is not None and t.numel() > 0 for t in tensors]
-        if known is None:
-            known = norms([t for t, use in zip(tensors, usable, strict=True) if use])
-        padded = torch.zeros(len(tensors) + 1, dtype=known.dtype, device=self._device)
-        if all(usable):
-            padded[:-1] = known
-        else:
-            places = [place for place, use in enumerate(usable) if use]
-            padded[torch.tensor(places, dtype=torch.int64, device=self._device)] = known
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient's elements; where there are none a zero, which is on the device already."""
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            gradient = gradient.coalesce().values()
+        return self._nothing if gradient is None or not gradient.numel() else gradient
+
+    def _fill_weights(self, name: str, values: Tensor, present: list[bool] | None = None) -> None:
+        """Combine norms by parameter into norms by module; `present` says which were measured."""
+        padded = torch.cat([values, values.new_zeros(1)])
         by_module = torch.linalg.vector_norm(padded[self._gather], dim=1)
-        measured = np.zeros(len(self._owners), dtype=bool)
-        measured[[owner for owner, use in zip(self._owner_of, usable, strict=True) if use]] = True
+        measured = np.full(len(self._owners), present is None)
+        for owner, has in zip(self._owner_of, present or (), strict=False):
+            measured[owner] |= has
         self._buffers["weights"].fill(name, by_module, measured)
 
     def evaluate(self, split: str, **metrics: Tensor | float) -> None:
         """Record metrics (`loss`, `accuracy`, …) of a split at the present parameters."""
+        if self._writer is not None and self._writer.record["status"] != "running":
+            raise RuntimeError("Recorder.evaluate after its `with` block: the run is finished")
         numbers = {name: float(value) for name, value in metrics.items()}
         self._evaluations.append({"step": self.next_step, "split": split} | numbers)
         self._metrics |= {f"{split}_{name}": value for name, value in numbers.items()}
-        if self._writer is not None:
-            self.flush()
 
     def first_to_last(self) -> float | None:
         """Weight-gradient norm of the first convolution over that of the last, at the last step.
@@ -455,7 +495,11 @@ class Recorder:
         buffer = self._buffers.get("weights")
         if buffer is None or "weight_grad_norm" not in buffer.index or not buffer.steps:
             return None
-        rows = [(_place(row, i), row.kind) for i, row in enumerate(self._rows("weights"))]
+        rows = [
+            (_place(row, i), row.kind)
+            for i, row in enumerate(self._rows("weights"))
+            if row.position is not None
+        ]
         for kind in ("conv", "linear"):
             order = sorted(place for place, known in rows if known == kind)
             if len(order) > 1:
@@ -487,7 +531,7 @@ class Recorder:
         if self._evaluations:
             self._emit("evaluations", _columns(self._evaluations, "step", np.int32))
             self._evaluations = []
-        if self._writer is not None and self._executed > self._modules_written:
+        if self._writer is not None and steps and self._executed > self._modules_written:
             from gradflow import schema
 
             self._writer.write("modules", schema.table("modules", self._module_columns()))
@@ -538,20 +582,21 @@ class Recorder:
         for row in self._modules:  # a block with parameters of its own keeps them in one row
             known = merged.get(row.layer)
             if known is not None:
-                row = _Module(**asdict(row) | {"shape": known.shape, "parameters": known.parameters})
+                row = _Module(
+                    **asdict(row) | {"shape": known.shape, "parameters": known.parameters}
+                )
             merged[row.layer] = row
         rows = sorted(merged.values(), key=lambda row: _place(row, 0))
-        for position, row in enumerate(rows):
-            row.position = position
         labels = ("layer", "position", "kind", "stage", "shape", "parameters", "calls")
-        return {label: [getattr(row, label) for row in rows] for label in labels}
+        columns: dict[str, list[Any]] = {n: [getattr(row, n) for row in rows] for n in labels}
+        return columns | {"position": list(range(len(rows)))}
 
     # --- divergence -------------------------------------------------------------------------------
 
     def _non_finite(self, row: Mapping[str, Any]) -> str | None:
         if not math.isfinite(row.get("loss", 0.0)):
             return "loss"
-        if self._scaler is None and not math.isfinite(row.get("grad_norm", 0.0)):
+        if not self._scaled and not math.isfinite(row.get("grad_norm", 0.0)):
             return "grad_norm"
         return None
 
@@ -567,7 +612,8 @@ class Recorder:
 
     def _origin(self, step: int, drained: Mapping[str, Any]) -> tuple[str, str] | None:
         """The module at which `step` went wrong: forward from the input, else backward."""
-        forward, backward = [], []
+        forward: list[Any] = []
+        backward: list[Any] = []
         for table, (numbers, values, measured) in drained.items():
             rows = self._rows(table)
             for place in np.flatnonzero(numbers == step):
@@ -577,7 +623,7 @@ class Recorder:
                     if quantity.is_rms or "grad" in quantity.name:
                         side += [
                             (_place(rows[i], i), rows[i].layer, quantity.name)
-                            for i in np.flatnonzero(bad)
+                            for i in np.flatnonzero(bad).tolist()
                         ]
         if forward:
             return min(forward)[1:]
@@ -621,19 +667,19 @@ class Recorder:
         from gradflow.store import Run
 
         self.flush()
-        modules = schema.to_pandas(schema.table("modules", self._module_columns()))
+        modules = schema.table("modules", self._module_columns())
         if name == "modules":
-            return modules
+            return schema.to_pandas(modules)
         if name not in schema.KEYS:
             raise ValueError(f"table {name!r}: there are {', '.join(schema.KEYS)}")
         if self._writer is not None:
-            frame = Run(self._writer.path).frame(name)
+            data = Run(self._writer.path).table(name)
         else:
-            parts = self._tables.get(name, [])
-            frame = schema.to_pandas(schema.concatenate(parts)) if parts else pd.DataFrame()
-        if frame.empty or "layer" not in schema.KEYS[name]:
-            return frame
-        return frame.merge(modules, on="layer", how="left")
+            parts = self._tables.get(name)
+            data = schema.concatenate(parts) if parts else None
+        if data is None:
+            return pd.DataFrame()
+        return schema.to_pandas(schema.with_modules(data, modules))
 
     def plot(self, step: int | None = None) -> Figure:
         """The profile: gradient norm of each module's weights against position, log scale.
@@ -677,6 +723,8 @@ def _by_table(schedule: Schedule | Mapping[str, Schedule] | None) -> dict[str, S
     if schedule is None:
         return dict(DEFAULTS)
     if isinstance(schedule, Mapping):
+        for table in set(schedule) - set(DEFAULTS):
+            raise SpecError(f"schedule: {table}: allowed is {', '.join(DEFAULTS)}")
         return DEFAULTS | dict(schedule)
     return dict.fromkeys(DEFAULTS, schedule)
 
@@ -697,7 +745,7 @@ def _place(row: _Module, index: int) -> tuple[int, int]:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a module's output: a tensor, or tuples, lists, dicts of them."""
+    """The floating-point tensors in a module's output: one, or tuples, lists, dicts of them."""
     if isinstance(output, Tensor):
         if output.is_floating_point() and output.numel():
             yield output
@@ -707,12 +755,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for item in output:
             yield from _tensors(item)
-
-
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    if gradient is not None and gradient.is_sparse:
-        return gradient.coalesce().values()
-    return gradient
 
 
 def _kept(value: Tensor | float) -> Any:
@@ -727,7 +769,7 @@ def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     waiting = [value for row in rows for value in row.values() if isinstance(value, Tensor)]
     if not waiting:
         return rows
-    numbers = iter(torch.stack([value.double() for value in waiting]).cpu().tolist())
+    numbers = iter(torch.stack([value.reshape(()) for value in waiting]).cpu().tolist())
     return [
         {n: next(numbers) if isinstance(value, Tensor) else value for n, value in row.items()}
         for row in rows
@@ -735,17 +777,23 @@ def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _columns(rows: list[dict[str, Any]], key: str, dtype: Any) -> dict[str, Any]:
-    labels = list(dict.fromkeys(name for row in rows for name in row))
+    labels = list(dict.fromkeys([key, *(name for row in rows for name in row)]))
     columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in labels}
     columns[key] = np.array(columns[key], dtype=dtype)
     return columns
 
 
+def _is_block(module: nn.Module) -> bool:
+    """Whether its class declares `terms(x, branch)`."""
+    terms = getattr(type(module), "terms", None)
+    return callable(terms) and list(inspect.signature(terms).parameters)[1:] == ["x", "branch"]
+
+
 def _wrap_terms(block: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
     """Let `block.terms` go through `around(original, x, branch)`; returns the undoing."""
-    original = block.terms
+    original, nested = block.terms, "terms" in vars(block)  # by another recorder
     block.terms = partial(around, original)  # type: ignore[assignment]
-    return lambda: block.__dict__.pop("terms", None)
+    return lambda: setattr(block, "terms", original) if nested else delattr(block, "terms")
 
 
 def _external_writer(path: str | Path, meta: dict[str, Any]) -> RunWriter:
@@ -753,4 +801,8 @@ def _external_writer(path: str | Path, meta: dict[str, Any]) -> RunWriter:
 
     if isinstance(meta.get("skip"), bool):
         meta = meta | {"skip": "identity" if meta["skip"] else "none"}
+    try:
+        json.dumps(meta)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"meta: wants names with plain values ({error})") from None
     return RunWriter(path, meta, origin="external")

@@ -62,12 +62,12 @@ class GradientFlow(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.recorder = Recorder(
             self._model or pl_module,
-            optimizer=trainer.optimizers[0],
+            optimizer=next(iter(trainer.optimizers), None),
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             **self._options,  # type: ignore[arg-type]
         )
         self.recorder.__enter__()
-        self._open = True
+        self._loss, self._open = 0.0, True
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor

@@ -1,0 +1,204 @@
+"""The words beside figures and tables: answers, captions, conditions, commands.
+
+Every sentence is made of what was recorded; none is a conclusion written beforehand.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gradflow import tables
+from gradflow.errors import SpecError
+from gradflow.spec import RunSpec
+from gradflow.store import Run
+
+
+def answers(overview: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    """What one group of comparable runs says of depth and skips, in sentences."""
+    lines = []
+    means = tables.degradation(overview)
+    for arm, part in _training(means):
+        ends = part.iloc[[0, -1]] if len(part) > 1 else part
+        errors = [f"{row['text']} at depth {row['depth']}" for _, row in ends.iterrows()]
+        lines.append(f"Final training error of {arm} networks: {', '.join(errors)}.")
+    for arm, part in _training(tables.benefit(pairs)):
+        last = part.iloc[-1]
+        lines.append(
+            f"At depth {last['depth']} the training error of plain networks minus that of {arm} "
+            f"ones is {last['text']}."
+        )
+    return lines or ["No run of this group has a final training error."]
+
+
+def _training(means: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    train = means[means["split"] == "train"].sort_values("depth")
+    for arm in sorted(set(train["arm"]), key=lambda name: (name != tables.PLAIN, name)):
+        yield arm, train[train["arm"] == arm]
+
+
+def ratios(words: pd.DataFrame) -> str:
+    """How the gradient at the first layer compares with that at the last: one sentence a depth."""
+    lines = []
+    for key, part in words.groupby("depth", sort=True, dropna=False):
+        where = "" if pd.isna(key) else f"Depth {key!s}: "
+        arms = [f"{row['first_last']} ({row['arm']})" for _, row in part.iterrows()]
+        lines.append(f"{where}first over last {part['kind'].iloc[0]} layer {', '.join(arms)}.")
+    return " ".join(lines)
+
+
+def marks(values: pd.Series) -> str:
+    """Names exact zeros and non-finite values in what is drawn, if there are any."""
+    known = values.to_numpy(dtype=float, na_value=np.nan)
+    zeros, infinite = int((known == 0).sum()), int((~np.isfinite(known)).sum())
+    words = [f"{zeros} values are exactly zero"] * bool(zeros)
+    words += [f"{infinite} are NaN or Inf"] * bool(infinite)
+    return f"Of {known.size} values drawn {' and '.join(words)}." if words else ""
+
+
+# --- under which conditions -----------------------------------------------------------------------
+
+_CONDITIONS = {
+    "network": "network {}", "norm": "norm {}", "activation": "{}", "init": "{} initialisation",
+    "data": "data {}", "batch_size": "batch {}", "accumulate": "{} batches an update",
+    "optimizer": "{}", "lr": "learning rate {}", "momentum": "momentum {}",
+    "weight_decay": "weight decay {}", "schedule": "{} schedule", "milestones": "milestones {}",
+    "warmup": "{} steps of warm-up", "clip": "clipped at {}", "precision": "{}",
+    "epochs": "{} epochs", "steps": "{} updates", "seed": "seed {}",
+}  # fmt: skip
+_UNREMARKABLE = {"accumulate": 1, "warmup": 0, "precision": "fp32"}
+
+
+def conditions(members: Iterable[Run]) -> str:
+    """Under which conditions some runs were made, from their specs: one line."""
+    rows = [run.columns() | {"steps": run.record.get("steps")} for run in members]
+    parts = []
+    for key, words in _CONDITIONS.items():
+        values = {row.get(key) for row in rows} - {None, _UNREMARKABLE.get(key)}
+        if values:
+            parts.append(words.format(_listed(values)))
+    if any(run.record.get("origin") == "external" for run in members):
+        parts.append("a user's own loop")
+    return "; ".join(parts) + "."
+
+
+def _listed(values: Iterable[Any]) -> str:
+    known = sorted(values, key=lambda v: (isinstance(v, str), v))
+    if len(known) > 5:
+        return f"{_plain(known[0])} to {_plain(known[-1])}"
+    return ", ".join(map(_plain, known))
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("_", "-")
+
+
+def environment(run: Run) -> str:
+    """Versions, device and commit of one run, as far as it names them."""
+    place = run.record.get("environment") or {}
+    names = [("python", place.get("python")), *(place.get("versions") or {}).items()]
+    parts = [f"{name} {version}" for name, version in names if version]
+    parts += [str(place["platform"])] if place.get("platform") else []
+    if place.get("device"):
+        parts.append(f"{place['device']}, {place.get('threads')} thread(s)")
+    git = place.get("git") or {}
+    if git.get("commit"):
+        parts.append(f"commit {git['commit'][:10]}{', with changes' if git.get('dirty') else ''}")
+    return "; ".join(parts) or "not recorded"
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+_SWEPT = ("depth", "skip", "seed")
+
+
+def commands(members: Iterable[Run]) -> list[str]:
+    """The shortest commands that repeat some runs. A user's own loop has none."""
+    known: dict[RunSpec, dict[str, Any]] = {}
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for run in members:
+        if run.record.get("origin") != "gradflow":
+            continue
+        try:
+            spec = RunSpec.from_dict(run.spec)
+        except (SpecError, TypeError):  # of a version with other keys
+            continue
+        named = _named(spec, known)
+        fixed = tuple(f"{key}={text}" for key, text in named.items() if key not in _SWEPT)
+        groups.setdefault(fixed, []).append({key: named[key] for key in _SWEPT if key in named})
+    lines = []
+    for fixed, asked in groups.items():
+        for row in _as_sweeps(asked):
+            many = ["-m"] if any("," in text for text in row.values()) else []
+            words = [*(f"{key}={text}" for key, text in row.items()), *fixed]
+            lines.append(shlex.join(["python", "-m", "gradflow", *many, *words]))
+    return list(dict.fromkeys(lines))
+
+
+def _as_sweeps(asked: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One row with lists where the rows are all combinations of their values, else the rows."""
+    keys = list(asked[0])
+    values = {key: list(dict.fromkeys(row.get(key) for row in asked)) for key in keys}
+    rows = {tuple(row.get(key) for key in keys) for row in asked}
+    if rows != set(product(*values.values())) or any(set(row) != set(keys) for row in asked):
+        return asked
+    return [{key: ",".join(map(str, texts)) for key, texts in values.items()}]
+
+
+def _named(spec: RunSpec, known: dict[RunSpec, dict[str, Any]]) -> dict[str, str]:
+    """The keys without which the spec would be another, as the command line spells them."""
+    rest = spec.but(seed=0)
+    if rest not in known:
+        known[rest] = _needed(rest)
+    named = known[rest] | {"seed": spec.seed}
+    spelled = {"identity": "true", "none": "false"}
+    if isinstance(named.get("skip"), str):
+        named["skip"] = spelled.get(named["skip"], named["skip"])
+    return {key.removesuffix(".name"): _argument(value) for key, value in named.items()}
+
+
+def _needed(spec: RunSpec) -> dict[str, Any]:
+    named = {key: value for key, value in _leaves(spec.to_dict()) if value is not None}
+    for key in [key for key in named if key not in _SWEPT]:
+        fewer = {name: value for name, value in named.items() if name != key}
+        try:
+            if RunSpec.from_dict(_nested(fewer)) == spec:
+                named = fewer
+        except SpecError:
+            pass  # the key is needed
+    return named
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and prefix + name != "network.args":
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return tree
+
+
+def _argument(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_argument, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_argument(item)}" for key, item in value.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

@@ -1,0 +1,603 @@
+"""Figures from frames: every function takes tables and returns a matplotlib Figure.
+
+Arms differ in colour (safe for the colour-blind), line style and marker, so that a print in grey
+reads as well. What a logarithmic axis cannot show is marked at its edge: exact zeros at the bottom,
+NaN and Inf at the top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from numpy.typing import ArrayLike, NDArray
+
+from gradflow import tables
+from gradflow.errors import GradflowError
+
+WIDTH = 7.2
+"""Inches: the width of every figure."""
+FORMATS = ("svg", "png", "pdf")
+
+_THEME: dict[str, Any] = {
+    **sns.axes_style("ticks"),
+    **sns.plotting_context("paper"),
+    "axes.grid": True,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "legend.frameon": False,
+    "figure.titlesize": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gradflow",
+    "pdf.fonttype": 42,
+}
+themed = mpl.rc_context(_THEME)  # type: ignore[arg-type]
+
+# Okabe & Ito's colours; plain and residual are far apart in lightness too.
+_STYLES: dict[str, tuple[str, Any, str]] = {
+    "plain": ("#D55E00", (0, (4, 1.5)), "s"),
+    "residual": ("#00517F", "-", "o"),
+    "forward only": ("#009E73", (0, (1, 1)), "^"),
+    "backward only": ("#CC79A7", (0, (5, 1, 1, 1)), "v"),
+}
+_OTHER_STYLES: list[tuple[str, Any, str]] = [
+    ("#E69F00", (0, (6, 2, 1, 2, 1, 2)), "D"),
+    ("#56B4E9", (0, (3, 1)), "P"),
+    ("#000000", (0, (1, 2)), "*"),
+    ("#8A8A00", (0, (8, 2)), "<"),
+    ("#777777", (0, (2, 2, 6, 2)), ">"),
+]
+_ZERO, _NON_FINITE, _MISSING = "white", "#CC3311", "0.8"
+_LABELS = {
+    "weight_grad_norm": "L2 norm of the weight gradient (loss / parameter)",
+    "weight_norm": "L2 norm of the weights",
+    "update_norm": "L2 norm of the update",
+    "output_rms": "RMS of the output",
+    "output_grad_norm": "L2 norm of the output's gradient (loss / output)",
+}
+
+
+def _styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
+    found = {name: _STYLES[name] for name in arms if name in _STYLES}
+    others = sorted(set(arms) - set(found))
+    return found | {n: _OTHER_STYLES[i % len(_OTHER_STYLES)] for i, n in enumerate(others)}
+
+
+def ordered(arms: Iterable[str]) -> list[str]:
+    """The distinct arms, plain and residual first."""
+    known = list(dict.fromkeys(arms))
+    rank = {name: place for place, name in enumerate(_STYLES)}
+    return sorted(known, key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def _grid(panels: int, columns: int = 3, height: float = 2.7) -> tuple[Figure, list[Axes]]:
+    columns = max(1, min(columns, panels))
+    rows = math.ceil(panels / columns)
+    # A lone panel keeps a usual shape: wide figures of one line mislead about its slope.
+    height = max(height, 3.2) if panels == 1 else height
+    figure = Figure(figsize=(WIDTH if columns > 1 else 5.0, 0.6 + height * rows))
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for ax in grid.flat[panels:]:
+        ax.set_axis_off()
+    return figure, list(grid.flat[:panels])
+
+
+def _matrix(
+    labels: Sequence[str], depths: list[tuple[str, pd.DataFrame]], height: float = 1.75
+) -> tuple[Figure, list[list[tuple[Axes, pd.DataFrame]]]]:
+    """A row of panels for each label, a column for each depth; beyond four, more such blocks."""
+    columns, rows = min(len(depths), 4), len(labels)
+    total = rows * math.ceil(len(depths) / columns)
+    figure = Figure(figsize=(WIDTH if columns > 1 else 5.0, 0.9 + height * total))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(total, columns, squeeze=False, sharex="col", sharey="row")
+    lines: list[list[tuple[Axes, pd.DataFrame]]] = [[] for _ in labels]
+    for index in range(total // rows * columns):
+        block, column = divmod(index, columns)
+        for row, label in enumerate(labels):
+            ax = axes[block * rows + row, column]
+            if index >= len(depths):
+                ax.set_axis_off()
+                axes[block * rows - 1, column].tick_params(labelbottom=True)
+                continue
+            facet, part = depths[index]
+            lines[row].append((ax, part))
+            ax.set_title(facet if row == 0 else "")
+            ax.set_ylabel(label if column == 0 else "")
+    return figure, lines
+
+
+def _legend(figure: Figure, handles: Sequence[Any], title: str = "") -> None:
+    if not handles:
+        figure.suptitle(title)
+        return
+    columns = min(len(handles), 5)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, title=title or None)
+
+
+def _line_handle(name: str, style: tuple[str, Any, str]) -> Line2D:
+    color, dashes, marker = style
+    return Line2D([], [], color=color, linestyle=dashes, marker=marker, markersize=4, label=name)
+
+
+def _edge_marks(
+    ax: Axes, x: ArrayLike, y: ArrayLike, color: str, *, zeros: bool = True
+) -> set[str]:
+    """Marks zeros at the lower edge and non-finite values at the upper one; says which it drew."""
+    places, values = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    drawn = set()
+    edges = {"non-finite": (~np.isfinite(values), 0.97, "x")}
+    if zeros:
+        edges["zero"] = (values == 0, 0.03, "v")
+    for name, (which, height, marker) in edges.items():
+        if which.any():
+            drawn.add(name)
+            ax.plot(
+                places[which], np.full(which.sum(), height), marker, color=color, markersize=4,
+                transform=ax.get_xaxis_transform(), clip_on=False,
+            )  # fmt: skip
+    return drawn
+
+
+def _edge_handles(drawn: set[str]) -> list[Line2D]:
+    marks = {"zero": ("v", "exactly zero"), "non-finite": ("x", "NaN or Inf")}
+    return [
+        Line2D([], [], color="0.3", linestyle="", marker=marker, markersize=4, label=label)
+        for name, (marker, label) in marks.items()
+        if name in drawn
+    ]
+
+
+def _drawable(values: ArrayLike) -> NDArray[np.float64]:
+    """For a log axis: what cannot be drawn there becomes NaN, a gap in the line."""
+    array = np.asarray(values, dtype=float)
+    return np.where(np.isfinite(array) & (array > 0), array, np.nan)
+
+
+def _log_line(
+    ax: Axes, x: ArrayLike, y: ArrayLike, style: tuple[str, Any, str], offset: float = 0
+) -> None:
+    """A line with few markers, those of different arms at different places."""
+    color, dashes, marker = style
+    places = np.asarray(x)
+    every = max(1, len(places) // 7)
+    ax.plot(
+        places, _drawable(y), color=color, linestyle=dashes, marker=marker, linewidth=0.9,
+        markersize=3, markevery=(int(offset * every), every), alpha=0.85,
+    )  # fmt: skip
+
+
+def _range(values: ArrayLike) -> tuple[float, float]:
+    known = _drawable(values)
+    known = known[~np.isnan(known)]
+    return (known.min(), known.max()) if known.size else (0.1, 1.0)
+
+
+def _log_limits(axes: Iterable[Axes], values: ArrayLike) -> None:
+    """One logarithmic y axis for all panels, with room for the marks at its edges."""
+    low, high = _range(values)
+    room = 0.08 * max(math.log10(high) - math.log10(low), 0.5)
+    for ax in axes:
+        ax.set_yscale("log")
+        ax.set_ylim(max(low * 10**-room, 1e-320), high * 10**room)
+        if high / low > 100:
+            ax.yaxis.set_major_locator(LogLocator(numticks=7))
+            ax.yaxis.set_major_formatter(FuncFormatter(_power))
+            ax.yaxis.set_minor_locator(NullLocator())
+        else:
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _power(value: float, _: int = 0) -> str:
+    """A power of ten in plain characters: mathtext is slow, and no text in an SVG."""
+    exponent = str(round(math.log10(value)))
+    return "10" + exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def when(steps: ArrayLike) -> str:
+    """A moment in words: `initialisation`, `after 263 updates`."""
+    known = np.unique(np.asarray(steps, dtype=int))
+    if known[-1] == 0:
+        return "initialisation"
+    first = f"{known[0]} to " if len(known) > 1 else ""
+    return f"after {first}{known[-1]} update{'s' if known[-1] > 1 else ''}"
+
+
+def _completed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns that facet a figure, also for the frame of a single record, which lacks them."""
+    missing = {"run_id": "", "depth": None, "arm": ""}
+    return frame.assign(**{n: v for n, v in missing.items() if n not in frame})
+
+
+def _by_depth(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(panel's title, rows) for each depth; runs without one come last, without a title."""
+    known = sorted(frame["depth"].dropna().unique())
+    parts = [(f"depth {depth}", frame[frame["depth"] == depth]) for depth in known]
+    rest = frame[frame["depth"].isna()]
+    return [*parts, ("", rest)] if len(rest) else parts
+
+
+# --- profiles -------------------------------------------------------------------------------------
+
+
+@themed
+def profile(
+    frame: pd.DataFrame,
+    quantity: str = "weight_grad_norm",
+    *,
+    family: str = tables.WEIGHT,
+    title: str = "",
+) -> Figure:
+    """A quantity of each layer against its place, log scale: each run's first and last step.
+
+    One panel a moment and depth, one line a run, arms side by side.
+
+    Args:
+        frame: step, layer, position, kind, the quantity; of more than one run also run_id, depth,
+            arm, as `tables.profile` gives them.
+        family: `weights` (convolutions, linear layers, embeddings) or `norm` (all others).
+
+    Raises:
+        GradflowError: the quantity was not recorded.
+    """
+    if quantity not in frame or not len(frame):
+        raise GradflowError(f"{quantity}: nothing recorded to draw")
+    data = _completed(frame if "ordinal" in frame else tables.profile(frame, quantity))
+    data = data[data["family"] == family]
+    if not len(data):
+        raise GradflowError(f"{quantity}: no layers of the family {family}")
+    ends = data.groupby("run_id")["step"].agg(["min", "max"]).loc[data["run_id"]].to_numpy()
+    steps = data["step"].to_numpy()
+    panels = []
+    for moment in dict.fromkeys(range(2) if (ends[:, 0] != ends[:, 1]).any() else [0]):
+        here = data[steps == ends[:, moment]]
+        words = when(here["step"])
+        panels += [(words, facet, part) for facet, part in _by_depth(here)]
+    constant = len({words for words, *_ in panels}) == 1
+    figure, axes = _grid(len(panels))
+    styles = _styles(data["arm"])
+    drawn: set[str] = set()
+    _log_limits(axes, np.concatenate([part[quantity] for *_, part in panels]))
+    for ax, (words, facet, part) in zip(axes, panels, strict=True):
+        drawn |= _profile_panel(ax, part, quantity, styles)
+        ax.set_title(", ".join(filter(None, [facet, "" if constant else words])))
+    what = "layer" if family == tables.WEIGHT else "normalisation layer"
+    figure.supxlabel(f"{what}, counted from the input", fontsize=9)
+    label = _LABELS.get(quantity, quantity).replace(" (", "\n(")
+    if family == tables.NORM:
+        label = label.replace("weight gradient", "parameters’ gradient")
+    figure.supylabel(label, fontsize=9)
+    arms = [_line_handle(arm, styles[arm]) for arm in ordered(data["arm"]) if arm]
+    heading = ": ".join(filter(None, [panels[0][0] if constant else "", title]))
+    _legend(figure, [*arms, *_edge_handles(drawn)], heading)
+    return figure
+
+
+def _profile_panel(
+    ax: Axes, part: pd.DataFrame, quantity: str, styles: dict[str, tuple[str, Any, str]]
+) -> set[str]:
+    drawn: set[str] = set()
+    names = list(styles)
+    for (arm, _, _), run in part.groupby(["arm", "run_id", "step"], sort=False):
+        x, y = run["ordinal"].to_numpy(), run[quantity].to_numpy()
+        style = styles[str(arm)]
+        _log_line(ax, x, y, style, names.index(str(arm)) / len(names))
+        drawn |= _edge_marks(ax, x, y, style[0])
+    if "stage" in part:
+        layers = part.drop_duplicates("ordinal").sort_values("ordinal")
+        stages = layers["stage"].to_numpy(dtype=float, na_value=np.nan)
+        for place in layers["ordinal"].to_numpy()[1:][np.diff(stages) > 0]:
+            ax.axvline(place - 0.5, color="0.6", linewidth=0.6, linestyle=":", zorder=0)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    ax.grid(axis="x", visible=False)
+    return drawn
+
+
+@themed
+def heatmap(frame: pd.DataFrame, quantity: str = "weight_grad_norm", *, title: str = "") -> Figure:
+    """A quantity over layer and step, one panel a depth and arm; zeros and NaN/Inf have colours.
+
+    Args:
+        frame: `tables.profile` of one run for each depth and arm, over many steps.
+    """
+    data = _completed(frame)
+    data = data[data["family"] == tables.WEIGHT]
+    arms = ordered(data["arm"])
+    depths = _by_depth(data)
+    figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * len(depths)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(len(depths), len(arms), squeeze=False, sharex=True)
+    found: set[str] = set()
+    for line, (facet, here) in zip(axes, depths, strict=True):
+        low, high = _range(here[quantity])
+        norm = LogNorm(low, high if high > low else low * 10)
+        for ax, arm in zip(line, arms, strict=True):
+            part = here[here["arm"] == arm]
+            ax.set_title(", ".join(filter(None, [arm, facet])))
+            ax.grid(visible=False)
+            ax.set_facecolor(_MISSING)
+            if len(part):
+                found |= _heat_panel(ax, part, quantity, norm)
+        bar = figure.colorbar(
+            ScalarMappable(norm, "viridis"), ax=line, aspect=15, fraction=0.05, pad=0.02
+        )
+        bar.ax.yaxis.set_major_locator(LogLocator(numticks=6))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(_power))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+    figure.supxlabel("step (linear to 10, then logarithmic)", fontsize=9)
+    figure.supylabel("layer, counted from the input", fontsize=9)
+    colors = {"zero": (_ZERO, "exactly zero"), "non-finite": (_NON_FINITE, "NaN or Inf")}
+    handles = [
+        Patch(facecolor=color, edgecolor="0.3", label=label)
+        for name, (color, label) in colors.items()
+        if name in found
+    ]
+    label = _LABELS.get(quantity, quantity)
+    _legend(figure, handles, ": ".join(filter(None, [label, title])))
+    return figure
+
+
+def _heat_panel(ax: Axes, part: pd.DataFrame, quantity: str, norm: LogNorm) -> set[str]:
+    matrix = part.pivot_table(
+        index="ordinal", columns="step", values=quantity, aggfunc="first", dropna=False, sort=True
+    )
+    values = matrix.to_numpy(dtype=float)
+    steps, layers = matrix.columns.to_numpy(dtype=float), matrix.index.to_numpy(dtype=float)
+    x = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
+    y = np.concatenate([layers - 0.5, [layers[-1] + 0.5]])
+    ax.set_xscale("symlog", linthresh=10, linscale=0.7)
+    ax.pcolormesh(
+        x, y, np.ma.masked_invalid(_drawable(values)), norm=norm, cmap="viridis", rasterized=True
+    )
+    # A cell that the run lacks is NaN in the matrix, as a measured NaN is: tell them apart.
+    there = part.assign(there=1.0).pivot_table(
+        index="ordinal", columns="step", values="there", aggfunc="first"
+    )
+    bad = ~np.isfinite(values) & there.reindex_like(matrix).notna().to_numpy()
+    drawn = set()
+    for name, which, color in (("zero", values == 0, _ZERO), ("non-finite", bad, _NON_FINITE)):
+        if which.any():
+            drawn.add(name)
+            cells = np.ma.masked_array(np.ones_like(values), ~which)
+            ax.pcolormesh(x, y, cells, cmap=ListedColormap([color]), rasterized=True)
+    ticks = [0, 5, *(10**k for k in range(1, 9) if 10**k <= steps[-1])]
+    ax.xaxis.set_major_locator(FixedLocator([t for t in ticks if t <= steps[-1]]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    return drawn
+
+
+# --- against depth --------------------------------------------------------------------------------
+
+
+def _depth_axis(ax: Axes, depths: ArrayLike) -> None:
+    known = np.unique(np.asarray(depths, dtype=float))
+    ax.set_xscale("log")
+    ax.set_xlim(known[0] / 1.25, known[-1] * 1.25)
+    shown = known if len(known) <= 8 else known[:: math.ceil(len(known) / 8)]
+    ax.xaxis.set_major_locator(FixedLocator(list(shown)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_xlabel("depth (weight layers)")
+
+
+def _against_depth(
+    ax: Axes, points: pd.DataFrame, lines: pd.DataFrame, column: str, arms: list[str]
+) -> None:
+    """Means with their intervals, and each seed's value as a small point beside them."""
+    styles = _styles(arms)
+    for place, arm in enumerate(arms):
+        color, dashes, marker = styles[arm]
+        dodge = 1.04 ** (place - (len(arms) - 1) / 2)
+        line = lines[lines["arm"] == arm].sort_values("depth")
+        x = line["depth"].to_numpy(dtype=float) * dodge
+        ax.errorbar(
+            x, line["mean"], yerr=np.nan_to_num(line["half"]), color=color, linestyle=dashes,
+            marker=marker, markersize=5, capsize=3, elinewidth=1,
+        )  # fmt: skip
+        seeds = points[(points["arm"] == arm) & points[column].notna()]
+        sns.scatterplot(
+            x=seeds["depth"].to_numpy(dtype=float) * dodge * 1.06, y=seeds[column].to_numpy(float),
+            color=color, marker=marker, s=14, alpha=0.6, linewidth=0, ax=ax, legend=False,
+        )  # fmt: skip
+
+
+@themed
+def degradation(points: pd.DataFrame, lines: pd.DataFrame, *, title: str = "") -> Figure:
+    """Final training and test error against depth, by arm: mean, 95 % interval and each seed.
+
+    Args:
+        points: `tables.overview` of one group; lines: its `tables.degradation`. Runs that diverged
+            have no final error and are marked at the upper edge.
+    """
+    points, lines = points[points["depth"].notna()], lines[lines["depth"].notna()]
+    splits = [s for s in tables.SPLITS if (lines["split"] == s).any()] or ["train"]
+    figure, axes = _grid(len(splits), columns=2, height=2.9)
+    arms = ordered(points["arm"])
+    styles = _styles(arms)
+    drawn: set[str] = set()
+    for ax, split in zip(axes, splits, strict=True):
+        column = f"{split}_error"
+        _against_depth(ax, points, lines[lines["split"] == split], column, arms)
+        for arm in arms:
+            lost = points[(points["arm"] == arm) & (points["status"] == "diverged")]
+            x = lost["depth"].to_numpy(dtype=float)
+            drawn |= _edge_marks(ax, x, np.full(len(x), np.nan), styles[arm][0], zeros=False)
+        _depth_axis(ax, points["depth"])
+        ax.set_title("training error" if split == "train" else "test error")
+        ax.set_ylabel("")
+    low = float(np.nanmin([0.0, *lines["low"], *lines["mean"]]))
+    high = float(np.nanmax([0.0, *lines["high"], *lines["mean"]])) or 1.0
+    axes[0].set_ylim(low - 0.04 * (high - low), high + 0.08 * (high - low))
+    axes[0].set_ylabel("error (share of images)")
+    handles = [_line_handle(arm, styles[arm]) for arm in arms]
+    if drawn:
+        handles.append(Line2D([], [], color="0.3", linestyle="", marker="x", label="diverged"))
+    _legend(figure, handles, title)
+    return figure
+
+
+@themed
+def benefit(points: pd.DataFrame, lines: pd.DataFrame, *, title: str = "") -> Figure:
+    """The skip's benefit by depth: plain error − the arm's, by pair, mean and 95 % interval.
+
+    Args:
+        points: `tables.pairs` of one group; lines: its `tables.benefit`.
+    """
+    splits = [s for s in tables.SPLITS if (lines["split"] == s).any()] or ["train"]
+    figure, axes = _grid(len(splits), columns=2, height=2.9)
+    arms = ordered(points["arm"])
+    for ax, split in zip(axes, splits, strict=True):
+        ax.axhline(0, color="0.4", linewidth=0.8, zorder=0)
+        _against_depth(ax, points, lines[lines["split"] == split], f"{split}_difference", arms)
+        _depth_axis(ax, points["depth"])
+        ax.set_title("training error" if split == "train" else "test error")
+        ax.set_ylabel("")
+    axes[0].set_ylabel("plain error − error with skip")
+    _legend(figure, [_line_handle(arm, _styles(arms)[arm]) for arm in arms], title)
+    return figure
+
+
+# --- training -------------------------------------------------------------------------------------
+
+_CURVES = {
+    ("loss", "train"): "training loss",
+    ("accuracy", "train"): "training accuracy",
+    ("accuracy", "test"): "test accuracy",
+}
+
+
+@themed
+def curves(frame: pd.DataFrame, *, title: str = "") -> Figure:
+    """Training curves: loss, training and test accuracy by step; a row each, a column a depth.
+
+    Args:
+        frame: run_id, depth, arm, step, measure (`loss`, `accuracy`), split (`train`, `test`),
+            value; of final evaluation-mode values `final` is True.
+    """
+    data = _completed(frame)
+    seen = set(zip(data["measure"], data["split"], strict=True))
+    rows = {key: label for key, label in _CURVES.items() if key in seen}
+    figure, lines = _matrix(list(rows.values()), _by_depth(data))
+    styles, drawn = _styles(data["arm"]), set()
+    for line, (measure, split) in zip(lines, rows, strict=True):
+        for ax, here in line:
+            part = here[(here["measure"] == measure) & (here["split"] == split)]
+            drawn |= _curve_panel(ax, part, styles, log=measure == "loss")
+            if measure == "accuracy":
+                ax.set_ylim(-0.03, 1.03)
+        if measure == "loss":
+            shown = data[(data["measure"] == "loss") & (data["split"] == "train")]["value"]
+            _log_limits([ax for ax, _ in line], shown)
+    figure.supxlabel("step (updates)", fontsize=9)
+    handles: list[Any] = [_line_handle(arm, styles[arm]) for arm in ordered(data["arm"]) if arm]
+    if data["final"].any():
+        label = "end, evaluation mode"
+        handles.append(
+            Line2D([], [], color="0.3", linestyle="", marker="o", mfc="white", label=label)
+        )
+    _legend(figure, [*handles, *_edge_handles(drawn)], title)
+    return figure
+
+
+def _curve_panel(
+    ax: Axes, part: pd.DataFrame, styles: dict[str, tuple[str, Any, str]], *, log: bool
+) -> set[str]:
+    drawn: set[str] = set()
+    for (arm, _), run in part.groupby(["arm", "run_id"], sort=False):
+        color, dashes, marker = styles[str(arm)]
+        last, path = run[run["final"]], run[~run["final"]].sort_values("step")
+        y = path["value"].to_numpy(dtype=float)
+        few = marker if len(y) <= 15 else ""
+        shown = _drawable(y) if log else np.where(np.isfinite(y), y, np.nan)
+        ax.plot(
+            path["step"], shown, color=color, linestyle=dashes,
+            marker=few, markersize=2.5, linewidth=1, alpha=0.85,
+        )  # fmt: skip
+        ax.plot(last["step"], last["value"], marker, color=color, mfc="white", markersize=4.5)
+        drawn |= _edge_marks(ax, path["step"], y, color, zeros=log)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    return drawn
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+_BLOCK_ROWS = {
+    "forward: RMS": ("skip_rms", "branch_rms"),
+    "backward: L2 norm": ("skip_grad_norm", "branch_grad_norm"),
+}
+_TERMS = {"skip": ("#00517F", "-", "o"), "branch": ("#D55E00", (0, (4, 1.5)), "s")}
+
+
+@themed
+def blocks(frame: pd.DataFrame, *, title: str = "") -> Figure:
+    """What a block's branch and its skip carry: values forward, gradients backward, by block.
+
+    Args:
+        frame: one arm's rows of the table blocks at one moment: run_id, depth, step, layer,
+            position, and any of branch_rms, skip_rms, branch_grad_norm, skip_grad_norm.
+    """
+    data = _completed(frame).sort_values(["run_id", "position"])
+    data = data.assign(ordinal=data.groupby(["run_id", "step"]).cumcount() + 1)
+    rows = {n: [c for c in pair if c in data] for n, pair in _BLOCK_ROWS.items()}
+    rows = {name: columns for name, columns in rows.items() if columns}
+    figure, lines = _matrix(list(rows), _by_depth(data))
+    drawn: set[str] = set()
+    for line, columns in zip(lines, rows.values(), strict=True):
+        values = [data[c].to_numpy(dtype=float, na_value=np.nan) for c in columns]
+        _log_limits([ax for ax, _ in line], np.concatenate(values))
+        for ax, part in line:
+            for column in columns:
+                term = column.split("_")[0]
+                for _, run in tables.measured(part, column).groupby(["run_id", "step"]):
+                    x, y = run["ordinal"].to_numpy(), run[column].to_numpy()
+                    _log_line(ax, x, y, _TERMS[term], list(_TERMS).index(term) / 2)
+                    drawn |= _edge_marks(ax, x, y, _TERMS[term][0])
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    figure.supxlabel("block, counted from the input", fontsize=9)
+    heading = ": ".join(filter(None, [when(data["step"]), title]))
+    terms = [_line_handle(name, style) for name, style in _TERMS.items()]
+    _legend(figure, [*terms, *_edge_handles(drawn)], heading)
+    return figure
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@themed
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `<stem>.svg`, `.png` and `.pdf`."""
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in FORMATS]
+    svg, png, pdf = paths
+    # `savefig` would lay the figure out anew for each format, most of its time.
+    figure.dpi = 150
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    FigureCanvasAgg(figure).print_png(png)  # first: the others set the resolution anew
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
+    FigureCanvasPdf(figure).print_pdf(pdf, metadata={"CreationDate": None})
+    return paths

@@ -1,0 +1,723 @@
+"""The report over a store: one self-contained page, its figures and tables as files, or a text.
+
+    python -m gradflow.report [RUNS …] [--out report] [--text]
+
+Everything on the page is computed from what was recorded; nothing is trained or measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib.figure import Figure
+
+from gradflow import captions, plots, schema, tables
+from gradflow.errors import GradflowError, StoreError
+from gradflow.store import Run, Runs, load_runs
+
+QUANTITY = "weight_grad_norm"
+DRAWN_GROUPS = 6
+"""Groups of comparable runs that get figures; further ones are in the tables alone."""
+
+# --- what the report is made of -------------------------------------------------------------------
+
+
+@dataclass
+class Material:
+    """The frames that figures and tables are made of; `problems` are lines about what is not."""
+
+    members: list[Run]
+    overview: pd.DataFrame
+    pairs: pd.DataFrame
+    profiles: pd.DataFrame = field(default_factory=pd.DataFrame)
+    heat: pd.DataFrame = field(default_factory=pd.DataFrame)
+    curves: pd.DataFrame = field(default_factory=pd.DataFrame)
+    blocks: pd.DataFrame = field(default_factory=pd.DataFrame)
+    problems: list[str] = field(default_factory=list)
+
+    def of(self, group: int) -> Material:
+        """What belongs to one group of comparable runs."""
+        rows = self.overview["group"] == group
+        parts = {
+            name: frame[frame["group"] == group] if len(frame) else frame
+            for name in ("pairs", "profiles", "heat", "curves", "blocks")
+            for frame in [getattr(self, name)]
+        }
+        members = [run for run, here in zip(self.members, rows, strict=True) if here]
+        return Material(members, self.overview[rows], **parts)
+
+
+def gather(runs: Runs) -> Material:
+    """Read what the report shows; a damaged table costs its run that part and is named.
+
+    Raises:
+        GradflowError: there is no run at all.
+    """
+    members, problems = _distinct(runs)
+    if not members:
+        raise GradflowError("; ".join(["no runs that can be read", *problems]))
+    distinct = Runs(members)
+    overview = tables.overview(distinct)
+    found = Material(members, overview, tables.pairs(distinct, overview))
+    parts: dict[str, list[pd.DataFrame]] = {n: [] for n in ("profiles", "heat", "curves", "blocks")}
+    shown = _one_seed_each(overview)
+    columns = ["run_id", "run", "group", "title", "depth", "arm", "seed"]
+    about: list[dict[str, Any]] = overview[columns].to_dict("records")  # type: ignore[assignment]
+    for index, run in enumerate(members):
+        readers = {"profiles": _profiles, "curves": _curves, "blocks": _blocks}
+        if index in shown:
+            readers["heat"] = _heat
+        for name, read in readers.items():
+            try:
+                part = read(run)
+            except StoreError as error:
+                problems.append(str(error))
+                continue
+            if len(part):
+                parts[name].append(part.assign(**about[index]))
+    for name, frames in parts.items():
+        if frames:
+            setattr(found, name, pd.concat(frames, ignore_index=True))
+    found.problems = list(dict.fromkeys([*problems, *_remarks(overview)]))
+    return found
+
+
+def _distinct(runs: Runs) -> tuple[list[Run], list[str]]:
+    seen: dict[str, Run] = {}
+    problems = list(runs.problems)
+    for run in runs:
+        first = seen.setdefault(run.run_id, run)
+        if first is not run:
+            problems.append(f"{run.path}: passed over, the same run as {first.path}")
+    return list(seen.values()), problems
+
+
+def _remarks(overview: pd.DataFrame) -> Iterator[str]:
+    for row in overview.to_dict("records"):
+        if row["status"] != "done":
+            yield f"{row['path']}: {row['outcome']}; not among the final errors"
+        elif not (row["train_error"] == row["train_error"] or row["match"].startswith("not ")):
+            yield f"{row['path']}: has no final training error"
+        if row["match"].startswith("not "):
+            yield f"{row['path']}: {row['match']}"
+
+
+def _one_seed_each(overview: pd.DataFrame) -> set[int]:
+    """The rows whose heatmaps are drawn: for each group, depth and arm the lowest seed done."""
+    order = overview.assign(late=overview["status"] != "done").sort_values(
+        ["late", "seed"],
+        key=lambda column: column.map(lambda v: (v is None, str(v))),
+        kind="stable",
+    )
+    keys = ["group", "depth", "arm"]
+    return set(order[~order.duplicated(keys)].index)
+
+
+def _layers(run: Run, table: str, steps: Sequence[int] | None = None) -> pd.DataFrame:
+    """A table of layers at some steps, each row with its module's columns."""
+    data, modules = run.table(table), run.frame("modules")
+    if data is None or modules.empty:
+        return pd.DataFrame()
+    if steps is not None:
+        data = data.filter(pc.is_in(data["step"], value_set=pa.array(steps, pa.int32())))
+    return schema.to_pandas(data).merge(modules, on="layer", how="left")
+
+
+def _steps(run: Run, table: str) -> np.ndarray:
+    data = run.table(table)
+    return np.array([], int) if data is None else pc.unique(data["step"]).to_numpy()
+
+
+def _profiles(run: Run) -> pd.DataFrame:
+    steps = tables.moments(_steps(run, "weights"))
+    frame = _layers(run, "weights", steps)
+    if QUANTITY not in frame:
+        return pd.DataFrame()
+    names = ["first", "middle", "last"][: len(steps)] if len(steps) != 2 else ["first", "last"]
+    return tables.profile(frame).assign(
+        moment=lambda f: f["step"].map(dict(zip(steps, names, strict=True)))
+    )
+
+
+def _heat(run: Run) -> pd.DataFrame:
+    steps = tables.spread(_steps(run, "weights"))
+    frame = _layers(run, "weights", list(steps)) if len(steps) > 1 else pd.DataFrame()
+    return tables.profile(frame) if QUANTITY in frame else pd.DataFrame()
+
+
+def _blocks(run: Run) -> pd.DataFrame:
+    steps = _steps(run, "blocks")
+    ends = dict.fromkeys([steps.min(), steps.max()] if len(steps) else [])
+    frame = _layers(run, "blocks", list(ends))
+    if frame.empty:
+        return frame
+    moment = np.where(frame["step"].to_numpy(dtype=int) == steps.min(), "first", "last")
+    return frame.assign(moment=moment)
+
+
+def _curves(run: Run) -> pd.DataFrame:
+    steps, evaluations = run.frame("steps"), run.frame("evaluations")
+    parts = []
+    columns = ("measure", "split", "final")
+    splits = set(evaluations["split"]) if len(evaluations) else set()
+    for measure in ("loss", "accuracy"):
+        if measure in steps and not (measure == "accuracy" and "train_batches" in splits):
+            curve = tables.binned(steps, measure).rename(columns={measure: "value"})
+            parts.append(curve.assign(**dict(zip(columns, (measure, "train", False), strict=True))))
+        if measure not in evaluations:
+            continue
+        for split, shown in (("train_batches", "train"), ("test", "test"), ("train", "train")):
+            if measure == "loss" and split != "test":
+                continue  # the loss of each step says more, and in the mode of training
+            rows = evaluations[evaluations["split"] == split]
+            part = tables.measured(rows, measure)[["step", measure]]
+            final = split == "train"
+            parts.append(
+                part.tail(1 if final else len(part))
+                .rename(columns={measure: "value"})
+                .assign(**dict(zip(columns, (measure, shown, final), strict=True)))
+            )
+    parts = [part for part in parts if len(part)]
+    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return frame.astype({"step": int, "value": float}) if len(frame) else frame
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def comparison(runs: Runs) -> str:
+    """The comparison as a text: training accuracy with and without skips, by depth."""
+    members, _ = _distinct(runs)
+    distinct = Runs(members)
+    overview = tables.overview(distinct)
+    return _comparison_text(tables.comparison(overview, tables.pairs(distinct, overview)))
+
+
+def _comparison_text(frame: pd.DataFrame) -> str:
+    if frame.empty:
+        return "no finished runs to compare"
+    blocks = []
+    for (_, title), part in frame.groupby(["group", "title"], sort=True):
+        blocks.append("\n".join(filter(None, [str(title), _text_table(_comparison_columns(part))])))
+    note = "training accuracy in evaluation mode; difference of paired seeds, 95 % t interval"
+    return "\n\n".join([*blocks, note])
+
+
+def _comparison_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    arms = list(dict.fromkeys(frame["arm"]))
+    names = {"depth": "depth", "plain": "plain", "arm": "skip", "other": "with skip"}
+    if len(arms) == 1:
+        names = {"depth": "depth", "plain": "plain", "other": arms[0]}
+    names |= {"difference": "difference", "matched": "matched"}
+    return frame[list(names)].rename(columns=names)
+
+
+def _text_table(frame: pd.DataFrame) -> str:
+    cells = [list(map(str, frame.columns)), *[list(map(str, row)) for row in frame.to_numpy()]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(
+        line.rstrip() for line in [lines[0], "  ".join("─" * w for w in widths), *lines[1:]]
+    )
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="gradflow">
+<title>gradflow report: $title</title>
+<style>
+:root { color-scheme: light; }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: #fff; color: #1a1a1a;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid #ddd; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; overflow-wrap: anywhere; }
+p, li { max-width: 46rem; }
+nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
+a { color: #00517f; }
+figure { margin: 1rem 0 1.5rem; }
+figcaption { max-width: 46rem; font-size: .9rem; color: #444; }
+.wide { overflow-x: auto; }
+.wide img { display: block; width: 100%; min-width: 34rem; max-width: 46rem; height: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; }
+thead th { border-bottom: 1px solid #888; white-space: nowrap; }
+tbody tr { border-bottom: 1px solid #eee; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+code, pre { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; }
+.note { color: #555; font-size: .9rem; }
+</style>
+</head>
+<body>
+<header>
+<h1>$title</h1>
+<p class="note">$subtitle</p>
+<nav aria-label="Sections"><ul>$links</ul></nav>
+</header>
+<main>
+$body
+</main>
+</body>
+</html>
+""")
+
+
+class _Page:
+    """Collects the page's sections, and writes its figures and tables beside it."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.links: list[str] = []
+        self.parts: list[str] = []
+        for name in ("figures", "tables"):
+            (directory / name).mkdir()
+
+    def section(self, anchor: str, heading: str) -> None:
+        self.links.append(f'<li><a href="#{anchor}">{escape(heading)}</a></li>')
+        self.parts.append(f'<h2 id="{anchor}">{escape(heading)}</h2>')
+
+    def heading(self, text: str) -> None:
+        if text:
+            self.parts.append(f"<h3>{escape(text)}</h3>")
+
+    def text(self, text: str, *, note: bool = False) -> None:
+        mark = ' class="note"' if note else ""
+        self.parts.append(f"<p{mark}>{escape(text)}</p>")
+
+    def items(self, lines: Sequence[str]) -> None:
+        self.parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
+
+    def code(self, lines: Sequence[str]) -> None:
+        self.parts.append(f"<pre><code>{escape(chr(10).join(lines))}</code></pre>")
+
+    def table(self, frame: pd.DataFrame, numbers: Sequence[str] = ()) -> None:
+        """A table as it stands; `numbers` are columns to be right-aligned."""
+
+        def cell(tag: str, name: str, text: object) -> str:
+            side = ' class="number"' if name in numbers else ""
+            scope = ' scope="col"' if tag == "th" else ""
+            return f"<{tag}{side}{scope}>{escape(str(text))}</{tag}>"
+
+        names = list(frame.columns)
+        head = "".join(cell("th", name, name) for name in names)
+        rows = (
+            "<tr>" + "".join(cell("td", n, v) for n, v in zip(names, row, strict=True)) + "</tr>"
+            for row in frame.to_numpy(dtype=object)
+        )
+        self.parts.append(
+            f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{''.join(rows)}</tbody></table></div>"
+        )
+
+    def csv(self, name: str, frame: pd.DataFrame, missing: str = "") -> None:
+        """Write a table's file; `missing` stands for a NaN in columns that are not Arrow-backed."""
+        frame.to_csv(self.directory / "tables" / f"{name}.csv", index=False, na_rep=missing)
+
+    def figure(self, name: str, figure: Figure, alt: str, caption: str) -> None:
+        stem = self.directory / "figures" / name
+        files = plots.save(figure, stem)
+        image = base64.b64encode(files[0].read_bytes()).decode()
+        links = ", ".join(f'<a href="figures/{f.name}">{f.suffix[1:].upper()}</a>' for f in files)
+        self.parts.append(
+            f'<figure id="figure-{name}"><div class="wide">'
+            f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{image}"></div>'
+            f"<figcaption>{escape(caption)} ({links})</figcaption></figure>"
+        )
+
+    def write(self, title: str, subtitle: str) -> None:
+        page = _PAGE.substitute(
+            title=escape(title), subtitle=escape(subtitle), links="".join(self.links),
+            body="\n".join(self.parts),
+        )  # fmt: skip
+        (self.directory / "index.html").write_text(page, encoding="utf-8")
+
+
+def write_report(runs: Runs, out: str | Path = "report") -> Path:
+    """Write `out/index.html`, self-contained, with `out/figures/` and `out/tables/`; its path.
+
+    An older report is replaced file by file once the new one is whole, the page last.
+
+    Raises:
+        GradflowError: no run that can be read, or `out` cannot be written.
+    """
+    found = gather(runs)
+    directory = Path(out)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".new-", dir=directory))
+        try:
+            page = _Page(staging)
+            _compose(page, found)
+            page.write(_title(found), _subtitle(found))
+            _replace(staging, directory)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise GradflowError(f"{directory}: cannot be written ({error.strerror})") from None
+    return directory / "index.html"
+
+
+def _replace(staging: Path, directory: Path) -> None:
+    old = directory / "index.html"
+    written = re.compile(r'(?:href=")((?:figures|tables)/[^"/]+)"')
+    before = set(written.findall(old.read_text(encoding="utf-8"))) if old.exists() else set()
+    new = [path for path in staging.rglob("*") if path.is_file() and path.name != "index.html"]
+    for path in [*new, staging / "index.html"]:
+        target = directory / path.relative_to(staging)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    for name in before - {str(path.relative_to(staging)) for path in new}:
+        (directory / name).unlink(missing_ok=True)
+
+
+def _title(found: Material) -> str:
+    depths = sorted(found.overview["depth"].dropna().unique())
+    arms = " and ".join(plots.ordered(found.overview["arm"]))
+    return f"{arms} networks of depth {', '.join(map(str, depths))}" if depths else arms
+
+
+def _subtitle(found: Material) -> str:
+    counts = found.overview["status"].value_counts()
+    places = dict.fromkeys(str(run.path.parent) for run in found.members)
+    states = ", ".join(f"{count} {status}" for status, count in counts.items())
+    made = time.strftime("%Y-%m-%d %H:%M")
+    return f"{len(found.members)} runs in {', '.join(places)} ({states}); report of {made}"
+
+
+def _compose(page: _Page, found: Material) -> None:
+    groups = [found.of(number) for number in sorted(found.overview["group"].unique())]
+    shown = groups[:DRAWN_GROUPS]
+    _write_tables(page, found)
+    _question(page, groups, len(shown))
+    _profile_section(page, shown, "first", "initialisation", "The gradient at initialisation")
+    _profile_section(page, shown, "last", "later", "Later in training")
+    _heat_section(page, shown)
+    _curve_section(page, shown)
+    _benefit_section(page, shown)
+    _block_section(page, shown)
+    _run_section(page, found)
+    _condition_section(page, groups)
+    page.section("problems", "Problems")
+    page.items(found.problems or ["None: every run was read, and every pair is done."])
+    names = sorted(path.name for path in (page.directory / "tables").iterdir())
+    links = ", ".join(f'<a href="tables/{name}">{name}</a>' for name in names)
+    page.parts.append(f"<p>Tables as files: {links}.</p>")
+
+
+def _write_tables(page: _Page, found: Material) -> None:
+    page.csv("runs", found.overview)
+    page.csv("pairs", found.pairs)
+    page.csv("degradation", tables.degradation(found.overview))
+    page.csv("benefit", tables.benefit(found.pairs))
+    page.csv("comparison", tables.comparison(found.overview, found.pairs))
+    for name in ("profiles", "curves"):
+        if len(frame := getattr(found, name)):
+            page.csv(name, frame, missing="NaN")  # measured: what was not, has no row
+    if len(found.blocks):
+        page.csv("blocks", found.blocks)
+    if len(found.profiles):
+        page.csv("rates", tables.rates(found.profiles))
+
+
+def _heading(page: _Page, group: Material) -> str:
+    title = str(group.overview["title"].iloc[0])
+    page.heading(title)
+    return title
+
+
+def _number(group: Material) -> str:
+    """What a group's figures are called after: nothing for the first."""
+    number = int(group.overview["group"].iloc[0])
+    return f"-{number + 1}" if number else ""
+
+
+_INTERVALS = (
+    "Points with bars are means over seeds with 95 % t intervals, no bar where one seed was run or "
+    "all agree; small points beside them are seeds."
+)
+
+
+def _question(page: _Page, groups: list[Material], drawn: int) -> None:
+    page.section("comparison", "Does depth hurt, and how much does a skip help?")
+    finished = [group for group in groups if group.overview["train_error"].notna().any()]
+    if not finished:
+        page.text("No run has a final training error yet.")
+    for group in finished:
+        title = _heading(page, group)
+        page.items(captions.answers(group.overview, group.pairs))
+        words = tables.comparison(group.overview, group.pairs)
+        page.table(_comparison_columns(words), ["depth"])
+        page.text(
+            "Training accuracy from an evaluation-mode pass over the whole training split; "
+            "difference of accuracy between paired seeds.",
+            note=True,
+        )
+        lines = tables.degradation(group.overview)
+        if group not in groups[:drawn] or lines.empty:
+            continue
+        page.figure(
+            f"degradation{_number(group)}",
+            plots.degradation(group.overview, lines, title=title),
+            "Final training and test error against depth, by arm.",
+            f"Final error against depth. {_INTERVALS} It depends on the learning rate and on the "
+            f"number of updates: {captions.conditions(group.members)}",
+        )
+    if len(groups) > drawn:
+        page.text(
+            f"Of {len(groups)} groups of comparable runs the {drawn} largest are drawn; all are "
+            "in the tables.",
+            note=True,
+        )
+
+
+def _profile_section(
+    page: _Page, groups: list[Material], moment: str, anchor: str, heading: str
+) -> None:
+    moments = ["first"] if moment == "first" else ["middle", "last"]
+    parts = [g for g in groups if len(g.profiles) and g.profiles["moment"].isin(moments).any()]
+    if not parts:
+        return
+    page.section(anchor, heading)
+    for group in parts:
+        title = _heading(page, group)
+        for name in moments:
+            frame = group.profiles[group.profiles["moment"] == name]
+            if len(frame):
+                _profile_figures(page, group, frame, name, title)
+
+
+def _profile_figures(
+    page: _Page, group: Material, frame: pd.DataFrame, moment: str, title: str
+) -> None:
+    when = plots.when(frame["step"])
+    about = f"One line a run; {captions.conditions(group.members)}"
+    families = set(frame["family"])
+    if tables.WEIGHT in families:
+        words = tables.rate_words(tables.rates(frame))
+        weights = frame[frame["family"] == tables.WEIGHT][QUANTITY]
+        page.figure(
+            f"profile-{moment}{_number(group)}",
+            plots.profile(frame, title=title),
+            f"Norm of each layer's weight gradient against its place, {when}, by arm and depth.",
+            f"L2 norm of the gradient of each convolution's and linear layer's parameters, {when}, "
+            f"from the input on; dotted lines where the stage changes. {captions.ratios(words)} "
+            f"{captions.marks(weights)} {about}",
+        )
+        page.table(_rate_columns(words), ["depth"])
+    if tables.NORM in families and moment != "middle":
+        norms = frame[frame["family"] == tables.NORM][QUANTITY]
+        page.figure(
+            f"profile-norm-{moment}{_number(group)}",
+            plots.profile(frame, family=tables.NORM, title=title),
+            f"Norm of each normalisation layer's parameter gradient, {when}, by arm and depth.",
+            f"The same for normalisation layers (and parameters of other modules), {when}. "
+            f"{captions.marks(norms)} {about}",
+        )
+
+
+def _rate_columns(words: pd.DataFrame) -> pd.DataFrame:
+    names = {"depth": "depth", "arm": "skip", "rate": "a layer toward the input"}
+    names |= {"verdict": "verdict", "fits": "seeds with a rate", "first_last": "first/last layer"}
+    names |= {name: name.replace("_", "-") for name in ("zeros", "non_finite") if words[name].any()}
+    return words[list(names)].rename(columns=names)
+
+
+def _heat_section(page: _Page, groups: list[Material]) -> None:
+    parts = [group for group in groups if len(group.heat)]
+    if not parts:
+        return
+    page.section("heatmaps", "Layer by layer, step by step")
+    for group in parts:
+        title = _heading(page, group)
+        names = ", ".join(dict.fromkeys(group.heat["run"]))
+        weights = group.heat[group.heat["family"] == tables.WEIGHT][QUANTITY]
+        page.figure(
+            f"heatmap{_number(group)}",
+            plots.heatmap(group.heat, title=title),
+            "Heatmaps of the weight-gradient norm over layer and step, by depth and arm.",
+            "L2 norm of the weight gradient of convolutions and linear layers over training; one "
+            f"run a panel: {names}. Grey: not recorded. {captions.marks(weights)} "
+            f"{captions.conditions(group.members)}",
+        )
+
+
+def _curve_section(page: _Page, groups: list[Material]) -> None:
+    parts = [g for g in groups if len(g.curves) and g.curves["step"].nunique() > 1]
+    if not parts:
+        return
+    page.section("curves", "Training curves")
+    for group in parts:
+        title = _heading(page, group)
+        page.figure(
+            f"curves{_number(group)}",
+            plots.curves(group.curves, title=title),
+            "Training loss, training accuracy and test accuracy by step, by depth and arm.",
+            "Loss of the training batches (means over up to a hundredth of the run), accuracy on "
+            "the training batches in training mode, and test accuracy where it was evaluated. "
+            "Open marks: accuracy on the whole training split in evaluation mode at the end. One "
+            f"line a run; {captions.conditions(group.members)}",
+        )
+
+
+def _benefit_section(page: _Page, groups: list[Material]) -> None:
+    parts = [(group, tables.benefit(group.pairs)) for group in groups]
+    if not any(len(lines) for _, lines in parts):
+        return
+    page.section("benefit", "The skip's benefit by depth")
+    for group, lines in parts:
+        if lines.empty:
+            continue
+        title = _heading(page, group)
+        page.figure(
+            f"benefit{_number(group)}",
+            plots.benefit(group.pairs, lines, title=title),
+            "Plain error minus the error with a skip, by depth.",
+            "Final error of the plain network minus that of its partner of equal depth and seed: "
+            f"above zero the skip helps. {_INTERVALS} {captions.conditions(group.members)}",
+        )
+
+
+def _block_section(page: _Page, groups: list[Material]) -> None:
+    parts = [
+        (group, arm, group.blocks[group.blocks["arm"] == arm])
+        for group in groups
+        if len(group.blocks)
+        for arm in plots.ordered(group.blocks["arm"])
+        if arm != tables.PLAIN
+    ]
+    if not parts:
+        return
+    page.section("blocks", "Branch and skip, block by block")
+    for group, arm, frame in parts:
+        title = str(group.overview["title"].iloc[0])
+        for moment in dict.fromkeys(frame["moment"]):
+            here = frame[frame["moment"] == moment]
+            when = plots.when(here["step"])
+            page.figure(
+                f"blocks-{re.sub('[^a-z0-9]+', '-', arm.lower())}-{moment}{_number(group)}",
+                plots.blocks(here, title=", ".join(filter(None, [arm, title]))),
+                f"Size of branch and skip in each block, {arm} networks, {when}.",
+                f"What the two terms of each block's sum carry, {arm} networks, {when}: root mean "
+                "square of the values forward, L2 norm of the gradients backward (loss / output). "
+                f"One line a run; {captions.conditions(group.members)}",
+            )
+
+
+def _run_section(page: _Page, found: Material) -> None:
+    page.section("runs", "Runs")
+
+    def numbers(name: str, style: str) -> list[str]:
+        values = found.overview[name]
+        return ["" if value is pd.NA else format(value, style) for value in values]
+
+    shown = {
+        "run": found.overview["run"],
+        "outcome": found.overview["outcome"],
+        "certificate of its pair": found.overview["match"],
+        "parameters": numbers("parameters", ",.0f"),
+        "updates": numbers("steps", ",.0f"),
+        "seconds": numbers("seconds", ",.1f"),
+        "recorder": numbers("recorder_share", ".1%"),
+        "training accuracy": numbers("train_accuracy", ".3f"),
+        "test accuracy": numbers("test_accuracy", ".3f"),
+    }
+    page.table(pd.DataFrame(shown), list(shown)[3:])
+    page.text(
+        "Matched: equal initial parameters, batches and data, by digest. Recorder: its share of "
+        "the run's time.",
+        note=True,
+    )
+
+
+def _condition_section(page: _Page, groups: list[Material]) -> None:
+    page.section("conditions", "Conditions, environment, commands")
+    for group in groups:
+        _heading(page, group)
+        page.text(captions.conditions(group.members))
+        lines = captions.commands(group.members)
+        if lines:
+            page.code(lines)
+    environments: dict[str, int] = {}
+    for run in (run for group in groups for run in group.members):
+        words = captions.environment(run)
+        environments[words] = environments.get(words, 0) + 1
+    page.heading("Environment")
+    page.items([f"{count} runs: {words}" for words, count in environments.items()])
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def text_report(runs: Runs) -> str:
+    """The report as a text: the comparison, what gradients did, and the runs.
+
+    Raises:
+        GradflowError: no run that can be read.
+    """
+    found = gather(runs)
+    parts = [_comparison_text(tables.comparison(found.overview, found.pairs))]
+    if len(found.profiles):
+        for moment in ("first", "last"):
+            frame = found.profiles[found.profiles["moment"] == moment]
+            words = tables.rate_words(tables.rates(frame)) if len(frame) else frame
+            if len(words):
+                heading = f"gradient of the weights, {plots.when(frame['step'])}"
+                parts.append(f"{heading}\n{_text_table(_rate_columns(words))}")
+    columns = {"run": "run", "outcome": "outcome", "match": "certificate of its pair"}
+    parts.append(_text_table(found.overview[list(columns)].rename(columns=columns)))
+    if found.problems:
+        parts.append("\n".join(["passed over or unfinished:", *found.problems]))
+    return "\n\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m gradflow.report") -> int:
+    """The command line: 0, or 1 after one line that says why there is no report."""
+    parser = argparse.ArgumentParser(prog=prog, description="A report over recorded runs.")
+    parser.add_argument(
+        "runs", nargs="*", default=["runs"], metavar="RUNS", help="stores or single runs (runs)"
+    )
+    parser.add_argument("--out", default="report", metavar="DIR", help="where to write (report)")
+    parser.add_argument("--text", action="store_true", help="print a text, write nothing")
+    options = parser.parse_args(argv)
+    try:
+        runs = load_runs(*options.runs)
+        if not len(runs):
+            places = ", ".join(options.runs)
+            raise GradflowError("; ".join([f"{places}: no runs that can be read", *runs.problems]))
+        if options.text:
+            print(text_report(runs))
+            return 0
+        page = write_report(runs, options.out)
+    except GradflowError as error:
+        print(f"gradflow: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 1
+    for line in runs.problems:
+        print(f"passed over: {line}", file=sys.stderr)
+    print(f"{comparison(runs)}\n\n{page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

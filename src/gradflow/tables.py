@@ -1,0 +1,714 @@
+"""What the recorded runs say, as frames and sentences: pure functions of what was recorded.
+
+Comparisons are paired: two runs form a pair where all keys agree except those of the skip. Runs
+that differ in anything else (learning rate, epochs, …) are different groups and never mixed.
+Intervals are 95 % Student-t intervals over seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student_t
+
+from gradflow.spec import SKIP_KEYS
+from gradflow.store import METRICS, Run, Runs
+
+LEVEL = 0.95
+PLAIN = "plain"
+ARM_NAMES = {"none": PLAIN, "identity": "residual"}
+SPLITS = ("train", "test")
+WEIGHT, NORM = "weights", "norm"
+"""The two families of layers that profiles keep apart."""
+
+# --- arms and groups ------------------------------------------------------------------------------
+
+_NOT_COMPARED = ("depth", "seed", *SKIP_KEYS)
+_SKIP_DEFAULTS = {"branch_scale": 1.0, "branch_layers": 1, "drop_rate": 0.5, "shortcut": "A"}
+
+
+def arm(columns: Mapping[str, Any]) -> str:
+    """What a run's skip is called: `plain`, `residual`, … with the keys that are not as usual."""
+    skip = columns.get("skip")
+    if isinstance(skip, bool):  # in a user's own meta
+        skip = "identity" if skip else "none"
+    name = "unnamed" if skip is None else ARM_NAMES.get(str(skip), str(skip).replace("_", " "))
+    extra = [
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+        for key in SKIP_KEYS[1:]
+        if (value := columns.get(key)) is not None and value != _SKIP_DEFAULTS.get(key)
+        if key not in ("skip_forward", "skip_backward") or skip == "dosed"
+    ]
+    return ", ".join([name, *extra])
+
+
+def _remaining(run: Run) -> dict[str, Any]:
+    """The keys in which two arms of a comparison must agree."""
+    columns = {key: v for key, v in run.columns().items() if key not in _NOT_COMPARED}
+    if columns.get("network_args"):  # a user's network takes depth and skip among its arguments
+        args = json.loads(columns["network_args"])
+        kept = {key: v for key, v in args.items() if key not in _NOT_COMPARED}
+        columns["network_args"] = json.dumps(kept, sort_keys=True)
+    return {"origin": run.record.get("origin"), **columns}
+
+
+def group_titles(keys: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A title for each of some distinct groups: the keys in which they differ."""
+    names = list(dict.fromkeys(name for key in keys for name in key))
+    differ = [name for name in names if len({_text(key.get(name)) for key in keys}) > 1]
+
+    def title(key: Mapping[str, Any], nulls: bool) -> str:
+        shown = [name for name in differ if nulls or key.get(name) is not None]
+        return ", ".join(f"{name}={_text(key.get(name))}" for name in shown)
+
+    short = [title(key, nulls=False) for key in keys]
+    return short if len(set(short)) == len(keys) else [title(key, nulls=True) for key in keys]
+
+
+def _whole(value: Any) -> int | None:
+    """A depth from a user's meta, where any spelling or type may stand."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- one row a run --------------------------------------------------------------------------------
+
+
+def overview(runs: Runs) -> pd.DataFrame:
+    """One row a run: group, depth, arm, seed, how it ended, its cost, its final metrics.
+
+    `group` numbers the sets of runs that may be compared, that of most results first; `title` says
+    in which keys they differ. Errors are 1 − accuracy of a run that is `done`, and NaN otherwise;
+    `train_error` comes from an evaluation-mode pass over the whole training split. `match` is the
+    certificate of the run's pair (see `match`).
+    """
+    if not len(runs):
+        return pd.DataFrame()
+    keys = [_remaining(run) for run in runs]
+    labels = [json.dumps(key, sort_keys=True, default=str) for key in keys]
+    finals = [label for label, run in zip(labels, runs, strict=True) if run.metrics]
+    order = sorted(set(labels), key=lambda x: (-finals.count(x), -labels.count(x), labels.index(x)))
+    titles = group_titles([keys[labels.index(label)] for label in order])
+    rows = []
+    for run, label in zip(runs, labels, strict=True):
+        columns, number = run.columns(), order.index(label)
+        row = {
+            "run_id": run.run_id,
+            "run": run.path.name,
+            "path": str(run.path),
+            "origin": run.record.get("origin"),
+            "group": number,
+            "title": titles[number],
+            "network": columns.get("network"),
+            "depth": _whole(columns.get("depth")),
+            "arm": arm(columns),
+            "seed": columns.get("seed"),
+            "status": run.status,
+            "outcome": outcome(run),
+            "steps": run.record.get("steps"),
+            "parameters": (run.record.get("certificate") or {}).get("parameter_count"),
+            "seconds": run.record.get("seconds"),
+            "recorder_share": run.record.get("recorder_share"),
+            **{name: run.metrics.get(name) for name in METRICS},
+        }
+        for split in SPLITS:
+            accuracy = row[f"{split}_accuracy"]
+            known = run.status == "done" and accuracy is not None
+            row[f"{split}_error"] = 1 - accuracy if known else math.nan
+        rows.append(row)
+    frame = pd.DataFrame({name: _column(name, [row[name] for row in rows]) for name in rows[0]})
+    older = _repeated(runs, frame)
+    frame.loc[list(older), [f"{split}_error" for split in SPLITS]] = math.nan
+    frame["match"] = _matches(frame, _pair_up(runs, frame))
+    for index, newer in older.items():
+        frame.loc[index, "match"] = f"not compared: repeated by {newer}"
+    return frame
+
+
+def _column(name: str, values: list[Any]) -> pd.Series:
+    """Numbers that may be missing are Arrow-backed: a null there is not a NaN."""
+    if name in ("depth", "seed"):
+        return pd.Series(values, dtype=object)
+    if name in (*METRICS, "seconds", "recorder_share"):
+        return pd.Series(pa.array(values, pa.float64()), dtype=pd.ArrowDtype(pa.float64()))
+    if name in ("steps", "parameters"):
+        return pd.Series(pa.array(values, pa.int64()), dtype=pd.ArrowDtype(pa.int64()))
+    return pd.Series(values)
+
+
+def _repeated(runs: Runs, frame: pd.DataFrame) -> dict[int, str]:
+    """Rows whose every key a later run has as well (an older recipe's, or a user's): its name."""
+    started = frame.assign(started=[run.record.get("started", 0.0) for run in runs])
+    known = started[frame["depth"].notna() & frame["seed"].notna()].sort_values("started")
+    older: dict[int, str] = {}
+    for _, part in known.groupby(["group", "depth", "seed", "arm"]):
+        older |= dict.fromkeys(part.index[:-1], str(part["run"].iloc[-1]))
+    return older
+
+
+def outcome(run: Run) -> str:
+    """A run's status in words, with what went wrong."""
+    record = run.record
+    if run.status == "running" and not run.alive:
+        return "unfinished: its process is gone"
+    if run.status == "diverged" and record.get("divergence"):
+        found = record["divergence"]
+        where = f" in {found['layer']}" if found.get("layer") else ""
+        return f"diverged at step {found['step']}: {found['quantity']} not finite{where}"
+    if run.status == "failed" and record.get("error"):
+        return f"failed: {str(record['error']).splitlines()[0]}"
+    return run.status
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def match(first: Run, second: Run) -> str:
+    """What the certificates of the two runs of a pair say.
+
+    `matched`: all initial parameters, the batches really consumed and the data are the same, by
+    digest. `matched on shared parameters (+n …)`: one arm has parameters of its own besides.
+    `not matched: …` says why; `no certificate`: one is a user's own loop, or not finished.
+    """
+    one, two = (run.record.get("certificate") or {} for run in (first, second))
+    if not all(c.get("parameters") for c in (one, two)):
+        return "no certificate"
+    if not all(c.get(key) for c in (one, two) for key in ("batches", "data")):
+        return "no certificate: unfinished"
+    shared = one["parameters"].keys() & two["parameters"].keys()
+    differ = sorted(name for name in shared if one["parameters"][name] != two["parameters"][name])
+    if differ or not shared:
+        more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+        return f"not matched: initial {differ[0] if differ else 'parameter names'}{more} differ"
+    if one["data"] != two["data"]:
+        return "not matched: data differ"
+    if one["batches"] != two["batches"]:
+        steps = [run.record.get("steps") for run in (first, second)]
+        why = f" ({steps[0]} and {steps[1]} steps)" if steps[0] != steps[1] else ""
+        return f"not matched: batches differ{why}"
+    if not extras(first, second):
+        return "matched"
+    own = [
+        f"+{len(names)} in {arm(run.columns())}"
+        for run, names in zip((first, second), _own(first, second), strict=True)
+        if names
+    ]
+    return f"matched on shared parameters ({', '.join(own)})"
+
+
+def extras(first: Run, second: Run) -> list[str]:
+    """Names of the parameters that only one run of a pair has."""
+    return [name for names in _own(first, second) for name in names]
+
+
+def _own(first: Run, second: Run) -> tuple[list[str], list[str]]:
+    one, two = (
+        (run.record.get("certificate") or {}).get("parameters", {}) for run in (first, second)
+    )
+    return sorted(one.keys() - two.keys()), sorted(two.keys() - one.keys())
+
+
+_PAIR_KEYS = ["group", "depth", "seed"]
+
+
+def _pair_up(runs: Runs, frame: pd.DataFrame) -> list[tuple[int, int, str]]:
+    """Rows (plain, other) of each pair, with their certificate."""
+    passed = _repeated(runs, frame)
+    places: dict[tuple[Any, ...], dict[str, int]] = {}
+    for index, row in enumerate(frame.to_dict("records")):
+        key = tuple(row[name] for name in _PAIR_KEYS)
+        if index not in passed and row["arm"] != "unnamed" and None not in key:
+            places.setdefault(key, {})[row["arm"]] = index
+    return [
+        (arms[PLAIN], other, match(runs.members[arms[PLAIN]], runs.members[other]))
+        for arms in places.values()
+        if PLAIN in arms
+        for name, other in arms.items()
+        if name != PLAIN
+    ]
+
+
+def _matches(frame: pd.DataFrame, found: list[tuple[int, int, str]]) -> list[str]:
+    results: dict[int, list[str]] = {}
+    for plain, other, result in found:
+        results.setdefault(plain, []).append(result)
+        results.setdefault(other, []).append(result)
+    return ["; ".join(dict.fromkeys(results.get(i, ["no partner"]))) for i in frame.index]
+
+
+def pairs(runs: Runs, frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a pair of a plain run and another arm's of equal group, depth and seed.
+
+    Args:
+        runs: the runs; frame: their `overview`.
+
+    `train_difference` and `test_difference` are plain error − the arm's error: positive where the
+    skip helps. They are NaN where one of the two is not done, or where the certificates show that
+    the two are not matched.
+    """
+    rows = []
+    for plain, other, result in _pair_up(runs, frame):
+        one, two = frame.loc[plain], frame.loc[other]
+        row = {key: two[key] for key in ("group", "title", "depth", "seed", "arm")}
+        row |= {"plain_run": one["run"], "run": two["run"], "match": result}
+        row["extras"] = ", ".join(extras(runs.members[plain], runs.members[other]))
+        for split in SPLITS:
+            label = f"{split}_error"
+            valid = not result.startswith("not matched")
+            row |= {f"plain_{label}": one[label], label: two[label]}
+            row[f"{split}_difference"] = one[label] - two[label] if valid else math.nan
+        rows.append(row)
+    columns = [*_PAIR_KEYS, "title", "arm", "plain_run", "run", "match", "extras"]
+    columns += [f"{s}_{c}" for s in SPLITS for c in ("error", "difference")]
+    columns += [f"plain_{s}_error" for s in SPLITS]
+    return pd.DataFrame(rows, columns=None if rows else columns)
+
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and the half-width of its 95 % t interval.
+
+    `half` is NaN for one seed, and where all seeds agree: there is no spread to judge by.
+    """
+
+    mean: float
+    half: float
+    seeds: int
+
+    @property
+    def agree(self) -> bool:
+        """Whether several seeds gave one and the same value."""
+        return self.seeds > 1 and math.isnan(self.half) and math.isfinite(self.mean)
+
+    def words(self, digits: int = 3, sign: bool = False) -> str:
+        """`0.889 ± 0.012 (3 seeds)`, `0.889 (one seed)`, `0.000 (3 seeds agree)`."""
+        if not self.seeds:
+            return "–"
+        mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
+        if self.seeds == 1:
+            return f"{mean} (one seed)"
+        if self.agree:
+            return f"{mean} ({self.seeds} seeds agree)"
+        return f"{mean} ± {self.half:.{digits}f} ({self.seeds} seeds)"
+
+
+def interval(values: ArrayLike, level: float = LEVEL) -> Interval:
+    """Mean and t interval of a sample; a NaN among the values makes both NaN."""
+    sample = np.asarray(values, dtype=float)
+    n = sample.size
+    if not n:
+        return Interval(math.nan, math.nan, 0)
+    mean = float(sample.mean())
+    # Errors are ratios of counts: equal to rounding is equal.
+    if n == 1 or np.ptp(sample) <= 1e-12:
+        return Interval(mean, math.nan, n)
+    half = student_t.ppf((1 + level) / 2, n - 1) * sample.std(ddof=1) / math.sqrt(n)
+    return Interval(mean, float(half), n)
+
+
+def _intervals(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Interval over seeds of `<split>_<column>` by group, depth and arm, for train and test."""
+    rows = []
+    for split in SPLITS:
+        label = f"{split}_{column}"
+        known = frame[frame[label].notna() & frame["depth"].notna() & (frame["arm"] != "unnamed")]
+        for key, part in known.groupby(["group", "title", "depth", "arm"], sort=False):
+            found = interval(part[label].to_numpy(dtype=float))
+            rows.append(
+                dict(zip(("group", "title", "depth", "arm"), key, strict=True))
+                | {"split": split, "mean": found.mean, "half": found.half, "seeds": found.seeds}
+                | {"low": found.mean - found.half, "high": found.mean + found.half}
+                | {"text": found.words(sign=column == "difference")}
+            )
+    columns = ["group", "title", "depth", "arm", "split", "mean", "half", "seeds", "low", "high"]
+    data = pd.DataFrame(rows, columns=[*columns, "text"])
+    return data.sort_values(["group", "depth", "arm", "split"], ignore_index=True)
+
+
+def degradation(frame: pd.DataFrame) -> pd.DataFrame:
+    """Final error by group, depth, arm and split: mean and t interval over the seeds done.
+
+    Args:
+        frame: an `overview`.
+    """
+    return _intervals(frame, "error")
+
+
+def benefit(frame: pd.DataFrame) -> pd.DataFrame:
+    """The skip's benefit by group, depth, arm and split: mean paired difference of final errors.
+
+    Args:
+        frame: the `pairs`.
+    """
+    return _intervals(frame, "difference")
+
+
+def comparison(frame: pd.DataFrame, paired: pd.DataFrame) -> pd.DataFrame:
+    """Plain beside the other arms, in words: a row a group, depth and arm.
+
+    Args:
+        frame: an `overview`; paired: its `pairs`.
+
+    Returns:
+        group, title, depth, arm, plain (training accuracy), other (the arm's), difference (with
+        interval, over pairs), matched (`3 of 3`, and why not).
+    """
+    done = frame[frame["train_error"].notna() & frame["depth"].notna()]
+    gains = benefit(paired)
+    rows = []
+    for (group, title, depth), part in done.groupby(["group", "title", "depth"], sort=True):
+        accuracy = {name: interval(1 - sub["train_error"].astype(float))
+                    for name, sub in part.groupby("arm")}  # fmt: skip
+        plain = accuracy.pop(PLAIN, interval([]))
+        for name, other in (accuracy or {"–": interval([])}).items():
+            here = _at(gains, group=group, depth=depth, arm=name, split="train")
+            certificates = _at(paired, group=group, depth=depth, arm=name)["match"]
+            rows.append(
+                {"group": group, "title": title, "depth": depth, "arm": name}
+                | {"plain": plain.words(), "other": other.words()}
+                | {"difference": here["text"].iloc[0] if len(here) else "–"}
+                | {"matched": _matched_words(certificates)}
+            )
+    columns = ["group", "title", "depth", "arm", "plain", "other", "difference", "matched"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _matched_words(certificates: Iterable[str]) -> str:
+    results = list(certificates)
+    good = [r for r in results if r.startswith("matched")]
+    if not results:
+        return "no pair"
+    if len(good) == len(results):
+        return f"{len(good)} of {len(results)}" + ("" if set(good) == {"matched"} else " (shared)")
+    others = dict.fromkeys(r for r in results if not r.startswith("matched"))
+    if not good and list(others) == ["no certificate"]:
+        return "no certificate"
+    return f"{len(good)} of {len(results)}; {'; '.join(others)}"
+
+
+def _at(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    keep = np.ones(len(frame), dtype=bool)
+    for name, value in values.items():
+        keep &= (frame[name] == value).to_numpy(dtype=bool)
+    return frame[keep]
+
+
+# --- profiles -------------------------------------------------------------------------------------
+
+
+def measured(frame: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """The rows in which a quantity was measured, as float64: nulls go, NaN, Inf and zero stay."""
+    values = frame[quantity]
+    if isinstance(values.dtype, pd.ArrowDtype):
+        frame = frame[values.notna()]  # Arrow-backed: a NaN is not a null
+    return frame.assign(**{quantity: frame[quantity].to_numpy(dtype=float, na_value=np.nan)})
+
+
+def moments(steps: ArrayLike) -> list[int]:
+    """The steps at which profiles are shown: the first, about √last, and the last recorded."""
+    known = np.unique(np.asarray(steps, dtype=int))
+    if not known.size:
+        return []
+    middle = known[np.abs(known - math.sqrt(known[-1])).argmin()]
+    return sorted({int(known[0]), int(middle), int(known[-1])})
+
+
+def profile(frame: pd.DataFrame, quantity: str = "weight_grad_norm") -> pd.DataFrame:
+    """A quantity of each module against its ordinal, normalisation layers apart from the others.
+
+    Args:
+        frame: rows of layers with step, layer, position, kind and the quantity, of one or more
+            runs (`run_id`).
+
+    Returns:
+        The measured rows with `family` (`weights`: convolutions, linear layers, embeddings;
+        `norm`: normalisation layers and other parameters) and `ordinal`: 1, 2, … from the input
+        among the run's layers of that family.
+    """
+    data = measured(frame, quantity)
+    data = data.assign(
+        position=data["position"].to_numpy(dtype=float, na_value=np.nan),
+        kind=data["kind"].astype(object),
+        layer=data["layer"].astype(object),
+        step=data["step"].to_numpy(dtype=int),
+        run_id=data["run_id"].astype(object) if "run_id" in data else "",
+    )
+    data = data[data["kind"] != "block"]
+    data = data.assign(family=_families(data))
+    keys = ["run_id", "family", "layer"]
+    layers = data.drop_duplicates(keys).sort_values(["run_id", "family", "position"])
+    ordinal = layers.groupby(["run_id", "family"], sort=False).cumcount() + 1
+    layers = layers.assign(ordinal=ordinal)[[*keys, "ordinal"]]
+    data = data.merge(layers, on=keys, how="left")
+    return data.sort_values(["run_id", "step", "family", "ordinal"], ignore_index=True)
+
+
+def _families(data: pd.DataFrame) -> NDArray[Any]:
+    """Parameters of other modules (gates, a user's own) stand beside the norms, if a run has
+    convolutions or linear layers; where it has none, they are its weights."""
+    plain = data["kind"].isin(("conv", "linear", "embedding"))
+    usual = plain.groupby(data["run_id"]).transform("any")
+    return np.where(plain | (~usual & (data["kind"] != "norm")), WEIGHT, NORM)
+
+
+def spread(steps: ArrayLike, count: int = 60) -> NDArray[np.int64]:
+    """Some `count` of the steps: all up to the tenth, then evenly spaced in their logarithm."""
+    known = np.unique(np.asarray(steps, dtype=int))
+    if known.size <= count:
+        return known
+    wanted = np.geomspace(10, max(known[-1], 11), count - 10)
+    nearest = np.searchsorted(known, wanted).clip(0, known.size - 1)
+    return np.unique(np.concatenate([known[known <= 10], known[nearest], known[-1:]]))
+
+
+def binned(frame: pd.DataFrame, quantity: str, count: int = 100) -> pd.DataFrame:
+    """One run's quantity by step as means over at most `count` equal runs of steps.
+
+    A NaN or Inf in a bin makes its mean non-finite, too; `step` is the bin's last.
+    """
+    data = measured(frame, quantity).sort_values("step")
+    width = max(1, math.ceil(len(data) / count))
+    place = np.arange(len(data)) // width
+    values = [part.mean() for part in _chunks(data[quantity].to_numpy(), width)]
+    last = data["step"].to_numpy(dtype=int)[np.r_[np.flatnonzero(np.diff(place)), len(data) - 1]]
+    return pd.DataFrame({"step": last, quantity: values}) if len(data) else data[["step", quantity]]
+
+
+def _chunks(values: NDArray[np.float64], width: int) -> list[NDArray[np.float64]]:
+    return [values[i : i + width] for i in range(0, len(values), width)]
+
+
+# --- growth per layer -----------------------------------------------------------------------------
+
+MIN_LAYERS = 5
+FLAT_RATE = math.log(1.1)
+"""A gradient keeps its size if it changes by less than this (natural log) a layer …"""
+FLAT_RANGE = math.log(3)
+"""… and by less than this in all, …"""
+FLAT_NOISE = 0.2
+"""… and strays from the fitted line by no more than this (root mean square, natural log)."""
+NOISE_FLOOR, NOISE_SHARE = 0.1, 0.05
+"""An exponential's residuals: at most this share of the change over all layers, or, where the
+rate is not one that chance alone gives a healthy network, the floor."""
+CURVE_FLOOR, CURVE_SHARE = 0.1, 0.2
+"""An exponential's bend, c in y = a + bx + cx² on x ∈ [−1, 1]: at most the floor or share × |b|."""
+MIN_RANGE = math.log(2.5)
+"""An exponential's change over all layers, at least: over less, any law looks like any other."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How a gradient norm changes a layer toward the input, over a chain of like layers.
+
+    `factor` is a ratio of norms (not squared) and None where no exponential fits; `verdict` is
+    `exploding`, `vanishing`, `healthy`, or empty; `reason` says why there is no factor.
+    `first_last` is the norm of the network's first layer of this kind over that of its last.
+    """
+
+    factor: float | None = None
+    verdict: str = ""
+    reason: str = ""
+    layers: int = 0
+    stage: int | None = None
+    kind: str = ""
+    first_last: float = math.nan
+
+
+def fit_rate(norms: ArrayLike) -> Rate:
+    """Growth factor a layer toward the input of the norms of like layers, input side first.
+
+    The factor is exp(−slope) of ln(norm) against the layer's ordinal, by least squares. It is
+    given only where the norms keep their size, or where an exponential describes them: little
+    residual, no bend, and enough of a change to tell. A power law, as in residual networks, and
+    tanh's slow decay are refused; so are zeros and non-finite norms.
+    """
+    values = np.asarray(norms, dtype=float)
+    n = values.size
+    broken = _broken(values)
+    if broken or n < MIN_LAYERS:
+        return Rate(reason=broken or f"fewer than {MIN_LAYERS} like layers in a row", layers=n)
+    y, x = np.log(values), np.linspace(-1, 1, n)
+    line = np.polyfit(x, y, 1)
+    noise = float(np.sqrt(((y - np.polyval(line, x)) ** 2).sum() / (n - 2)))
+    bend = abs(np.polyfit(x, y, 2)[0])
+    slope = -line[0] * 2 / (n - 1)
+    span = abs(slope) * (n - 1)
+    factor = float(np.exp(slope))
+    if abs(slope) <= FLAT_RATE and span <= FLAT_RANGE and noise <= FLAT_NOISE:
+        return Rate(factor, "healthy", layers=n)
+    floor = NOISE_FLOOR if abs(slope) > FLAT_RATE else 0.0
+    straight = noise <= max(floor, NOISE_SHARE * span)
+    straight &= bend <= max(CURVE_FLOOR, CURVE_SHARE * abs(line[0]))
+    if straight and span >= MIN_RANGE:
+        return Rate(factor, "exploding" if slope > 0 else "vanishing", layers=n)
+    return Rate(reason="no exponential fits", layers=n)
+
+
+def _broken(values: NDArray[np.float64]) -> str:
+    infinite, zero = int((~np.isfinite(values)).sum()), int((values == 0).sum())
+    if infinite:
+        return f"not finite in {infinite} of {values.size} layers"
+    return f"exactly zero in {zero} of {values.size} layers" if zero else ""
+
+
+def layer_rate(frame: pd.DataFrame) -> Rate:
+    """`fit_rate` of the first chain of like layers in one run's `profile` at one step.
+
+    The chain is that of same-shaped convolutions of the first stage that has five of them; of
+    linear layers where there are no convolutions.
+    """
+    for kind in ("conv", "linear"):
+        layers = frame[frame["kind"] == kind].sort_values("position")
+        if len(layers) < 2:
+            continue
+        values = layers["weight_grad_norm"].to_numpy(dtype=float)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ends = float(np.divide(values[0], values[-1]))
+        chains = [
+            part
+            for _, part in layers.groupby(["stage", "shape"], sort=True)
+            if len(part) >= MIN_LAYERS
+        ]
+        if not chains:
+            reason = _broken(values) or f"fewer than {MIN_LAYERS} like layers in a stage"
+            return Rate(reason=reason, kind=kind, first_last=ends, layers=len(layers))
+        chain = chains[0]  # of the lowest stage
+        stage = int(chain["stage"].iloc[0])
+        rate = fit_rate(chain["weight_grad_norm"])
+        return Rate(rate.factor, rate.verdict, rate.reason, rate.layers, stage, kind, ends)
+    return Rate(reason="fewer than two convolutions or linear layers")
+
+
+def rates(frame: pd.DataFrame) -> pd.DataFrame:
+    """`layer_rate` of each run and step of a `profile`, beside the zeros and non-finite values."""
+    rows = []
+    weights = frame[frame["family"] == WEIGHT]
+    carried = [c for c in ("group", "title", "depth", "arm", "seed") if c in frame]
+    for (run_id, step), part in weights.groupby(["run_id", "step"], sort=False):
+        rate, values = layer_rate(part), part["weight_grad_norm"].to_numpy()
+        rows.append(
+            {"run_id": run_id, "step": step, **part[carried].iloc[0].to_dict()}
+            | {"factor": rate.factor, "verdict": rate.verdict, "reason": rate.reason}
+            | {"kind": rate.kind, "stage": rate.stage, "layers": rate.layers}
+            | {"first_last": rate.first_last, "zeros": int((values == 0).sum())}
+            | {"non_finite": int((~np.isfinite(values)).sum()), "text": sentence(rate)}
+        )
+    return pd.DataFrame(rows)
+
+
+def short(value: float) -> str:
+    """Three significant digits: `18.7`, `4.23e3`, `1.2e-7`."""
+    if not math.isfinite(value) or value == 0 or 0.01 <= abs(value) < 1000:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def sentence(rate: Rate) -> str:
+    """What a gradient does toward the input, in words."""
+    stage = "first stage's" if rate.stage == 1 else f"stage {rate.stage}'s"
+    who = f"the gradient of the {'hidden layers’' if rate.kind == 'linear' else stage} weights"
+    if rate.verdict == "exploding":
+        return f"{who} grows {rate.factor:.2f}× a layer toward the input: exploding"
+    if rate.verdict == "vanishing":
+        assert rate.factor is not None
+        shown = f"{rate.factor:.2f}" if rate.factor >= 0.01 else short(rate.factor)
+        return f"{who} shrinks to {shown}× a layer toward the input: vanishing"
+    if rate.verdict == "healthy":
+        return f"{who} keeps its size ({rate.factor:.2f}× a layer): healthy"
+    if rate.reason == "no exponential fits":
+        return f"no exponential fits: first/last = {short(rate.first_last)}"
+    if rate.reason.startswith(("not finite", "exactly zero")):
+        return f"the gradient of the weights is {rate.reason}: no rate"
+    ends = f"; first/last = {short(rate.first_last)}" if rate.first_last == rate.first_last else ""
+    return f"no rate ({rate.reason}){ends}"
+
+
+def summary(run: Run) -> list[str]:
+    """A run in a few plain sentences: how it ended, what its gradient did, where it lies.
+
+    Raises:
+        StoreError: a table of the run is damaged.
+    """
+    lines = [_ending(run)]
+    frame = run.with_modules("weights")
+    if "weight_grad_norm" in frame:
+        data = profile(frame)
+        steps = data["step"].unique()
+        for step in dict.fromkeys([steps.min(), steps.max()] if len(steps) else []):
+            here = data[(data["step"] == step) & (data["family"] == WEIGHT)]
+            when = "at initialisation" if step == 0 else f"after {step} updates"
+            rate = layer_rate(here)
+            line = f"{when} {sentence(rate)}"
+            if rate.factor is not None:
+                line += f"; first/last {rate.kind} = {short(rate.first_last)}"
+            broken = _broken(here["weight_grad_norm"].to_numpy())
+            lines.append(line + (f"; {broken}" if broken and broken not in line else ""))
+    return [*lines, f"recorded in {run.path}"]
+
+
+def _ending(run: Run) -> str:
+    steps, seconds, values = run.record.get("steps"), run.record.get("seconds"), run.metrics
+    line = outcome(run)
+    if steps is not None:
+        line += f": {steps} updates" if run.status == "done" else f", {steps} updates"
+    if seconds is not None:
+        line += f" in {seconds:.0f} s" if seconds >= 10 else f" in {seconds:.1f} s"
+    for split, words in (("train", "training"), ("test", "test")):
+        accuracy = values.get(f"{split}_accuracy")
+        if accuracy is not None:
+            line += f"; {words} accuracy {accuracy:.3f}"
+    return line
+
+
+def rate_words(frame: pd.DataFrame) -> pd.DataFrame:
+    """The `rates` of several seeds in words: a row a group, depth, arm and step.
+
+    `rate` is the geometric mean of the factors with its range over the seeds that have one.
+    """
+    rows = []
+    keys = [c for c in ("group", "title", "depth", "arm", "step") if c in frame]
+    for key, part in frame.groupby(keys, sort=True, dropna=False):
+        fits = part[part["verdict"] != ""]
+        factors, count = fits["factor"].to_numpy(dtype=float), f"{len(fits)} of {len(part)}"
+        ends = part["first_last"].to_numpy(dtype=float)
+        reasons = dict.fromkeys(part.loc[part["verdict"] == "", "reason"])
+        rows.append(
+            dict(zip(keys, key, strict=True))
+            | {"rate": _range(factors, 3) + "×" if len(fits) else "–"}
+            | {"verdict": ", ".join([*dict.fromkeys(fits["verdict"]), *reasons])}
+            | {"fits": count, "first_last": _range(ends), "kind": part["kind"].iloc[0]}
+            | {"zeros": int(part["zeros"].sum()), "non_finite": int(part["non_finite"].sum())}
+        )
+    return pd.DataFrame(rows)
+
+
+def _range(values: NDArray[np.float64], digits: int | None = None) -> str:
+    """Geometric mean and range of positive numbers; the plain values where there are others."""
+
+    def show(value: float) -> str:
+        return short(value) if digits is None or value < 0.01 else f"{value:.{digits}f}"
+
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        return ", ".join(dict.fromkeys(map(short, values)))
+    low, mean, high = values.min(), float(np.exp(np.log(values).mean())), values.max()
+    return show(mean) if show(low) == show(high) else f"{show(mean)} ({show(low)}–{show(high)})"

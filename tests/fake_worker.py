@@ -1,0 +1,73 @@
+"""A worker like `python -m gradflow.worker` whose runs cost nothing: what they do is in their seed.
+
+The store, the pipes and the processes are real; only `gradflow.run` is replaced.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from gradflow.errors import GradflowError
+from gradflow.store import Run, RunWriter
+from gradflow.worker import main
+
+RAISES, KILLED, EXITS, REFUSED, WAITS, STUBBORN, NOISY, DIVERGES, QUITS = range(900, 909)
+PAIR = (920, 921)
+
+
+def run(spec, *, emit, runs_dir, **settings):
+    if spec.seed == REFUSED:
+        raise GradflowError("device=nowhere: this machine has no such device")
+    if spec.seed == STUBBORN:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    path = Path(runs_dir) / spec.name
+    with RunWriter(path, spec.to_dict()) as writer:
+        writer.update(pid=os.getpid(), settings=settings)
+        emit({"event": "begin", "run": spec.name, "steps": 10, "path": str(path)})
+        act(spec.seed, path)
+        step = {"event": "step", "run": spec.name, "step": 10}
+        emit(step | {"loss": math.nan, "accuracy": 0.5, "ratio": math.inf})
+        emit({"event": "end", "run": spec.name})
+        metrics = {"train_loss": math.nan, "train_accuracy": 0.5}
+        writer.finish("diverged" if spec.seed == DIVERGES else "done", metrics=metrics)
+    return Run(path)
+
+
+def act(seed, path):
+    if seed == RAISES:
+        raise ValueError("of the user's making")
+    if seed == KILLED:
+        print("the last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if seed == EXITS:
+        os._exit(3)
+    if seed == QUITS:
+        sys.exit("no longer")
+    if seed == NOISY:
+        print('{"event": "end", "run": "a liar"}')
+        subprocess.run(["echo", "a child's noise"], check=True)
+        os.write(1, b"a half line")
+    if seed in PAIR:
+        (path.parent / f"{seed}.here").touch()
+        wait_for(path.parent / f"{sum(PAIR) - seed}.here")
+    while seed in (WAITS, STUBBORN):
+        time.sleep(0.05)
+
+
+def wait_for(path, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(path)
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    sys.modules["gradflow.run"] = ModuleType("gradflow.run")
+    sys.modules["gradflow.run"].run = run
+    sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else os.getppid()))

@@ -1,0 +1,162 @@
+"""Norms against `torch.linalg.vector_norm` in float64, one tensor after the other."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradflow.recording import norms as module
+from gradflow.recording.norms import norm, norms
+
+SIZES = (1, 7, 64, 127, 128, 129, 255, 1000, 4096, 36864, 2**16, 2**17)
+MANY = 2**17 + 1
+
+
+def exact(tensor: Tensor) -> float:
+    return torch.linalg.vector_norm(tensor.double()).item()
+
+
+def random(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+def one_large(count: int) -> Tensor:
+    """Every other square is lost beside the first one's, if added to it one after another."""
+    tensor = torch.full((count,), 0.99 * 2**-12)
+    tensor[0] = 1
+    return tensor
+
+
+FILLED: dict[str, Callable[[int], Tensor]] = {
+    "normal": random,
+    "1e-30": lambda count: torch.full((count,), 1e-30),
+    "1e25": lambda count: torch.full((count,), 1e25),
+    "constant": lambda count: torch.full((count,), 0.1),
+    "one large": one_large,
+    "log-uniform": lambda count: 10 ** (random(count).remainder(1) * 50 - 27),
+    "small and tiny": lambda count: torch.cat([torch.full((count,), 1e-23), torch.ones(1)]),
+    "zeros": torch.zeros,
+    "at the lower bound": lambda count: torch.full((count,), 1e-12 / count**0.5),
+    "at the upper bound": lambda count: torch.full((count,), 1e15 / count**0.5),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_float32_to_a_millionth(name: str) -> None:
+    tensors = [FILLED[name](count) for count in SIZES]
+    expected = pytest.approx([exact(tensor) for tensor in tensors], rel=1e-6, abs=0)
+    assert norms(tensors).tolist() == expected
+    assert [norm(tensor).item() for tensor in tensors] == expected
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_large_tensors_are_as_in_float64(name: str) -> None:
+    tensor = FILLED[name](MANY)
+    assert norms([tensor]).item() == pytest.approx(exact(tensor), rel=1e-14, abs=0)
+
+
+@pytest.mark.parametrize("count", [100, 128, 200, 1000, 2**17])
+def test_an_element_that_dwarfs_the_others(count: int) -> None:
+    """Wherever it stands; one accumulator of float32 would be off by up to 2e-4."""
+    for size in (2.0, 1.0, 0.5, 0.1):
+        for place in {0, 1, 7, 8, 31, 32, count // 2, count - 1}:
+            tensor = torch.full((count,), size * 2**-12)
+            tensor[place] = 1
+            assert norms([tensor]).item() == pytest.approx(exact(tensor), rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("exponent", range(-30, 26, 5))
+def test_the_whole_range_of_float32(exponent: int) -> None:
+    tensors = [random(count) * 10.0**exponent for count in (5, 200, 3000)]
+    expected = [exact(tensor) for tensor in tensors]
+    assert all(value > 0 and math.isfinite(value) for value in expected)
+    assert norms(tensors).tolist() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("exponent", range(-30, 26, 5))
+def test_float64_to_a_million_millionth(exponent: int) -> None:
+    tensors = [random(count).double() * 10.0**exponent for count in (5, 300, 2**16 + 1)]
+    expected = [exact(tensor) for tensor in tensors]
+    assert norms(tensors).tolist() == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_as_it_is(dtype: torch.dtype) -> None:
+    """Squares of fp16 overflow from 256 on, sums of bf16 stall at 256 times their first."""
+    tensors = [(random(count) * 1000).to(dtype) for count in (5, 200, 5000)]
+    tensors.append(torch.full((5000,), 1e-30 if dtype == torch.bfloat16 else 1e-7, dtype=dtype))
+    expected = [exact(tensor) for tensor in tensors]
+    assert norms(tensors).tolist() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("count", [3, 1000, MANY])
+@pytest.mark.parametrize("place", [0, -1])
+def test_nan_and_infinity_stay_what_they_are(count: int, place: int) -> None:
+    bad = {math.nan: math.isnan, math.inf: math.isinf, -math.inf: math.isinf}
+    for value, check in bad.items():
+        tensor = torch.ones(count)
+        tensor[place] = value
+        first, second = norms([tensor, torch.ones(4)]).tolist()
+        assert check(first)
+        assert second == 2
+        assert check(norm(tensor).item())
+
+
+def test_empty_tensors_and_empty_lists() -> None:
+    assert norms([]).tolist() == []
+    assert norms([torch.zeros(0), torch.tensor([3.0, 4.0]), torch.zeros(0, 5)]).tolist() == [0, 5, 0]
+
+
+def test_layouts_and_shapes_do_not_matter() -> None:
+    tensor = random(64 * 32 * 9).reshape(64, 32, 3, 3)
+    views = [
+        tensor.to(memory_format=torch.channels_last),
+        tensor.permute(3, 1, 0, 2),
+        tensor[:, ::2],
+        tensor[0, 0, 0, 0],
+        tensor.flip(0).requires_grad_(),
+    ]
+    expected = [exact(view.detach()) for view in views]
+    assert norms([view.detach() for view in views]).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_formats_may_be_mixed() -> None:
+    tensors = [random(300), random(300).double(), random(300).bfloat16()]
+    expected = [exact(tensor) for tensor in tensors]
+    assert norms(tensors).tolist() == pytest.approx(expected, rel=1e-6)
+    assert norms(tensors)[1].item() == pytest.approx(expected[1], rel=1e-14)
+
+
+def test_what_is_measured_is_left_alone() -> None:
+    tensors = [FILLED[name](3000) for name in FILLED]
+    before = [tensor.clone() for tensor in tensors]
+    norms(tensors)
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_scaling_by_the_largest_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of devices without float64, tried on the CPU."""
+
+    class Elsewhere:
+        """A tensor that says it lies on another kind of device."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor, self.device = tensor, torch.device("mps")
+
+        def abs(self) -> Tensor:
+            return self.tensor.abs()
+
+        def float(self) -> Tensor:
+            return self.tensor.float()
+
+    for name in ("normal", "1e-30", "1e25", "zeros"):
+        tensor = FILLED[name](200)
+        value = module.norm(Elsewhere(tensor))  # type: ignore[arg-type]
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(exact(tensor), rel=1e-6, abs=0)
+    broken = torch.tensor([1.0, math.nan])
+    assert math.isnan(module.norm(Elsewhere(broken)).item())  # type: ignore[arg-type]
+    infinite = torch.tensor([1.0, math.inf])
+    assert not math.isfinite(module.norm(Elsewhere(infinite)).item())  # type: ignore[arg-type]

@@ -1,0 +1,378 @@
+"""Sweeps with real processes and a real store, most of them over the runs of `fake_worker`."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_worker as fake
+import pytest
+
+from gradflow.errors import SpecError, StoreError
+from gradflow.spec import NetworkSpec, RunSpec
+from gradflow.store import Run, mark_dead
+from gradflow.sweep import cost, sweep
+
+module = importlib.import_module("gradflow.sweep")
+FAKE = (sys.executable, "-P", fake.__file__)
+
+
+def spec(seed, depth=8):
+    return RunSpec(depth=depth, seed=seed)
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    monkeypatch.setattr(module, "COMMAND", FAKE)
+
+
+def names(events, kind):
+    return [event["run"] for event in events if event["event"] == kind]
+
+
+def gone(pid):
+    """Whether a process has ended; one that only waits to be buried by its parent has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def eventually(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# --- what is computed -----------------------------------------------------------------------------
+
+
+def test_runs_come_in_the_order_of_the_specs_and_twice_the_same_is_computed_once(cheap, tmp_path):
+    events = []
+    specs = [spec(2), spec(0, depth=56), spec(2), spec(1)]
+    result = sweep(specs, display=events.append, runs_dir=str(tmp_path), jobs=2)
+    assert [run.path.name for run in result.runs] == [s.name for s in specs]
+    assert sorted(names(events, "start")) == sorted({s.name for s in specs})
+    assert sorted(names(events, "end")) == sorted({s.name for s in specs})
+    assert result.counts == {"done": 3}
+    assert (result.failures, result.reused) == ([], 0)
+
+
+def test_what_the_store_has_is_not_computed_again(cheap, tmp_path):
+    first, unfinished = spec(fake.DIVERGES), spec(fake.RAISES)
+    before = sweep([first, unfinished], runs_dir=str(tmp_path), jobs=1)
+    assert [run.status for run in before.runs] == ["diverged", "failed"]
+    events = []
+    specs = [first, unfinished, spec(0)]
+    after = sweep(specs, display=events.append, runs_dir=str(tmp_path), jobs=1)
+    assert names(events, "start") == [unfinished.name, spec(0).name]
+    assert events[0]["reused"] == after.reused == 1
+    assert after.runs[0].record == before.runs[0].record
+    assert after.counts == {"done": 1, "diverged": 1, "failed": 1}
+    assert after.summary().splitlines()[0] == (
+        "3 runs: 1 done, 1 diverged, 1 failed; 1 of them from before."
+    )
+    events.clear()
+    again = sweep([first], display=events.append, runs_dir=str(tmp_path))
+    assert [event["event"] for event in events] == ["sweep"]
+    assert again.counts == {"diverged": 1}
+
+
+def test_the_longest_run_is_first(cheap, tmp_path):
+    events = []
+    specs = [spec(0, depth) for depth in (8, 56, 20, 110)]
+    sweep(specs, display=events.append, runs_dir=str(tmp_path), jobs=1)
+    assert names(events, "start") == [spec(0, depth).name for depth in (110, 56, 20, 8)]
+
+
+def test_no_specs_are_no_runs(tmp_path):
+    assert sweep([], runs_dir=str(tmp_path)).summary() == "0 runs: none."
+
+
+def test_cost_grows_with_images_depth_and_the_square_of_width():
+    at = RunSpec(depth=8, max_steps=100, batch_size=20)  # 100 × 20 images, and 2000 for the rest
+    assert cost(at.but(depth=20)) / cost(at) == 20 / 8
+    assert cost(at.but(width=32)) / cost(at) == 4
+    assert cost(at.but(max_steps=300)) / cost(at) == 8000 / 4000
+    assert cost(RunSpec(network=NetworkSpec(target="a.b"), max_steps=0)) == 2000
+
+
+# --- side by side ---------------------------------------------------------------------------------
+
+
+def test_two_workers_work_at_the_same_time(cheap, tmp_path):
+    events = []
+    specs = [spec(seed) for seed in fake.PAIR]  # each waits until the other is there
+    result = sweep(specs, display=events.append, runs_dir=str(tmp_path), jobs=2)
+    assert result.counts == {"done": 2}
+    kinds = [event["event"] for event in events]
+    assert kinds[:5] == ["sweep", "start", "start", "begin", "begin"]
+
+
+def test_a_worker_takes_one_run_after_another_in_one_thread(cheap, tmp_path):
+    result = sweep([spec(seed) for seed in range(4)], runs_dir=str(tmp_path), jobs=2)
+    assert len({run.record["pid"] for run in result.runs}) <= 2
+    assert all(
+        run.record["settings"] == {"device": "auto", "threads": 1, "logger": "none"}
+        for run in result.runs
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers"),
+    [({}, 5), ({"threads": 2}, 2), ({"threads": 9}, 1), ({"jobs": 3}, 3), ({"jobs": 50}, 7)],
+)
+def test_as_many_workers_as_cores_have_room_for(monkeypatch, tmp_path, settings, workers):
+    monkeypatch.setattr(module, "_cores", lambda: 5)
+    monkeypatch.setattr(module._Pool, "compute", lambda pool, specs: None)
+    events = []
+    sweep([spec(s) for s in range(7)], display=events.append, runs_dir=str(tmp_path), **settings)
+    assert events[0]["workers"] == workers
+
+
+# --- trouble --------------------------------------------------------------------------------------
+
+
+def test_what_fails_or_is_killed_does_not_stop_the_others(cheap, tmp_path):
+    seeds = (0, fake.RAISES, 1, fake.KILLED, fake.EXITS, fake.REFUSED, 2)
+    events = []
+    result = sweep(
+        [spec(seed) for seed in seeds], display=events.append, runs_dir=str(tmp_path), jobs=2
+    )
+    statuses = [None if run is None else run.status for run in result.runs]
+    assert statuses == ["done", "failed", "done", "failed", "failed", None, "done"]
+    assert result.counts == {"done": 3, "failed": 4}
+    assert sorted(names(events, "end")) == sorted(spec(seed).name for seed in seeds)
+
+    errors = {failed.seed: error for failed, error in result.failures}
+    assert set(errors) == {fake.RAISES, fake.KILLED, fake.EXITS, fake.REFUSED}
+    assert errors[fake.RAISES].splitlines()[-1] == "ValueError: of the user's making"
+    assert errors[fake.KILLED].splitlines()[-2:] == [
+        "the last words", "killed by signal 9 (SIGKILL)",
+    ]  # fmt: skip
+    assert errors[fake.EXITS] == "its process exited with code 3"
+    assert errors[fake.REFUSED] == "device=nowhere: this machine has no such device"
+
+    killed = result.runs[3]
+    assert killed.record["error"] == "killed by signal 9 (SIGKILL)"
+    assert not killed.alive
+    assert "    killed by signal 9 (SIGKILL)" in result.summary().splitlines()
+
+
+def test_a_sweep_goes_on_where_a_worker_cannot_even_start(monkeypatch, tmp_path):
+    command = (sys.executable, "-c", "raise SystemExit('a broken installation')")
+    monkeypatch.setattr(module, "COMMAND", command)
+    result = sweep([spec(0), spec(1)], runs_dir=str(tmp_path), jobs=1)
+    assert [error for _, error in result.failures] == [
+        "a broken installation\nits process exited with code 1"
+    ] * 2
+
+
+def test_what_a_run_prints_reaches_the_display_under_its_name(cheap, tmp_path):
+    events = []
+    specs = [spec(fake.NOISY), spec(0)]
+    sweep(specs, display=events.append, runs_dir=str(tmp_path), jobs=1)
+    said = [(e["run"], e["line"]) for e in events if e["event"] == "output"]
+    name = spec(fake.NOISY).name
+    assert said == [
+        (name, '{"event": "end", "run": "a liar"}'),
+        (name, "a child's noise"),
+        (name, "a half line"),
+    ]
+    assert names(events, "end") == [s.name for s in specs]
+    json.dumps(events, allow_nan=False)
+
+
+def test_a_display_that_breaks_stops_nothing(cheap, tmp_path, capsys):
+    def broken(event):
+        raise ZeroDivisionError("in drawing")
+
+    assert sweep([spec(0)], display=broken, runs_dir=str(tmp_path)).counts == {"done": 1}
+    assert capsys.readouterr().err == (
+        "progress is no longer shown (ZeroDivisionError: in drawing)\n"
+    )
+
+
+def test_a_store_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot be written") as caught:
+        sweep([spec(0)], runs_dir=str(tmp_path / "file" / "runs"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SpecError, match="jobs=0"):
+        sweep([spec(0)], runs_dir=str(tmp_path), jobs=0)
+
+
+def test_only_a_run_whose_process_is_dead_is_marked(cheap, tmp_path):
+    run = sweep([spec(fake.KILLED)], runs_dir=str(tmp_path), jobs=1).runs[0]
+    mark_dead(run.path, "interrupted", "again")  # it has ended
+    assert Run(run.path).record == run.record
+    mark_dead(tmp_path / "nowhere", "failed", "never begun")
+    assert not (tmp_path / "nowhere").exists()
+
+
+# --- the end of the parent ------------------------------------------------------------------------
+
+
+class Interrupts(list):
+    """A display at which Ctrl-C is pressed as soon as all runs of a sweep have begun."""
+
+    def __init__(self, running):
+        super().__init__()
+        self.running = running
+
+    def __call__(self, event):
+        self.append(event)
+        if event["event"] == "begin" and len(names(self, "begin")) == self.running:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_ends_runs_as_interrupted_and_waiting_ones_not_at_all(cheap, tmp_path):
+    specs = [spec(fake.WAITS, depth=56), spec(fake.WAITS, depth=20), spec(0)]
+    display = Interrupts(2)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(specs, display=display, runs_dir=str(tmp_path), jobs=2)
+    runs = [Run(tmp_path / s.name) for s in specs[:2]]
+    assert [run.status for run in runs] == ["interrupted"] * 2
+    assert all(gone(run.record["pid"]) and not run.alive for run in runs)
+    assert not (tmp_path / specs[2].name).exists()
+    assert display[-3]["event"] == "stopping"
+    assert [event["status"] for event in display[-2:]] == ["interrupted"] * 2
+
+
+def test_a_run_that_does_not_heed_the_interrupt_is_killed(cheap, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    with pytest.raises(KeyboardInterrupt):
+        sweep([spec(fake.STUBBORN)], display=Interrupts(1), runs_dir=str(tmp_path), jobs=1)
+    run = Run(tmp_path / spec(fake.STUBBORN).name)
+    assert run.status == "interrupted"
+    assert run.record["error"] == "interrupted, killed by signal 9 (SIGKILL)"
+    assert gone(run.record["pid"])
+
+
+PARENT = """
+import importlib, json, sys
+module = importlib.import_module("gradflow.sweep")
+module.COMMAND = tuple(json.loads(sys.argv[1]))
+from gradflow.spec import RunSpec
+specs = [RunSpec(depth=depth, seed=int(sys.argv[3])) for depth in (8, 20)]
+try:
+    module.sweep(specs, display=lambda event: print(json.dumps(event), flush=True),
+                 runs_dir=sys.argv[2], jobs=2)
+except KeyboardInterrupt:
+    sys.exit(42)
+"""
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """Starts a sweep of two runs in a process of its own and waits until both have begun."""
+    started = []
+
+    def begin(seed):
+        process = subprocess.Popen(
+            [sys.executable, "-c", PARENT, json.dumps(FAKE), str(tmp_path), str(seed)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        started.append(process)
+        begun = [hear(process, "begin") for _ in range(2)]
+        return process, [Run(event["path"]) for event in begun]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def hear(process, kind):
+    """The next event of a kind."""
+    while True:
+        event = json.loads(process.stdout.readline())
+        if event["event"] == kind:
+            return event
+
+
+def test_sigint_to_the_parent_leaves_no_process(parent):
+    process, runs = parent(fake.WAITS)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 42
+    assert [Run(run.path).status for run in runs] == ["interrupted"] * 2
+    assert all(gone(run.record["pid"]) for run in runs)
+
+
+def test_a_second_sigint_does_not_wait(parent):
+    process, runs = parent(fake.STUBBORN)
+    process.send_signal(signal.SIGINT)
+    hear(process, "stopping")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 42  # the time of grace is longer
+    assert [Run(run.path).status for run in runs] == ["interrupted"] * 2
+    assert all(gone(run.record["pid"]) for run in runs)
+
+
+def test_no_worker_outlives_a_parent_that_is_killed(parent):
+    process, runs = parent(fake.WAITS)
+    process.kill()
+    eventually(lambda: all(gone(run.record["pid"]) for run in runs))
+    assert [Run(run.path).status for run in runs] == ["interrupted"] * 2
+
+
+# --- real runs ------------------------------------------------------------------------------------
+
+
+SMALL = {"data": {"name": "synthetic", "train": 64, "test": 64}, "batch_size": 16}
+
+
+def test_real_runs_and_a_network_of_the_user(tmp_path, monkeypatch):
+    (tmp_path / "users_networks.py").write_text(
+        "from torch import nn\n"
+        "def flat(size):\n"
+        "    print('built')\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(size, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    users = {"target": "users_networks.flat", "args": {"size": 192}}
+    specs = [
+        RunSpec(depth=8, max_steps=0, **SMALL),
+        RunSpec(network=users, max_steps=0, **SMALL),
+        RunSpec(network=users | {"target": "users_networks.absent"}, max_steps=0, **SMALL),
+    ]
+    events = []
+    result = sweep(specs, display=events.append, runs_dir=str(tmp_path / "runs"), jobs=1)
+    assert result.counts == {"done": 2, "failed": 1}
+    assert result.failures[0][0] == specs[2]
+    assert "users_networks.absent" in result.failures[0][1].splitlines()[-1]
+    assert result.runs[0].table("weights").num_rows > 8
+    assert [event["line"] for event in events if event["event"] == "output"] == ["built"]
+
+
+def test_ctrl_c_leaves_what_a_real_run_has_recorded(tmp_path):
+    def ctrl_c(event):
+        if event["event"] == "step":
+            raise KeyboardInterrupt
+
+    endless = RunSpec(depth=8, max_steps=10**6, **SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        sweep([endless], display=ctrl_c, runs_dir=str(tmp_path))
+    run = Run(tmp_path / endless.name)
+    assert run.status == "interrupted"
+    assert run.table("steps").num_rows >= 1
+
+
+def test_a_sweep_loads_neither_torch_nor_lightning_nor_hydra():
+    code = (
+        "import sys, gradflow.sweep, gradflow.progress, gradflow.worker\n"
+        "print(sorted({'torch', 'pytorch_lightning', 'hydra', 'omegaconf'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout == "[]\n"
