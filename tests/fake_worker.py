@@ -28,8 +28,13 @@ def run(spec, *, emit, runs_dir, **settings):
     path = Path(runs_dir) / spec.name
     with RunWriter(path, spec.to_dict()) as writer:
         writer.update(pid=os.getpid(), settings=settings)
-        emit({"event": "begin", "run": spec.name, "steps": 10, "path": str(path)})
-        act(spec.seed, path)
+        try:
+            emit({"event": "begin", "run": spec.name, "steps": 10, "path": str(path)})
+            act(spec.seed, path)
+        except KeyboardInterrupt:
+            time.sleep(0.3)  # as long as a large record takes to be written
+            (path / "tidy").touch()
+            raise
         step = {"event": "step", "run": spec.name, "step": 10}
         emit(step | {"loss": math.nan, "accuracy": 0.5, "ratio": math.inf})
         emit({"event": "end", "run": spec.name})
@@ -42,7 +47,7 @@ def act(seed, path):
     if seed == RAISES:
         raise ValueError("of the user's making")
     if seed == KILLED:
-        print("the last words", flush=True)
+        print("the last words")
         os.kill(os.getpid(), signal.SIGKILL)
     if seed == EXITS:
         os._exit(3)

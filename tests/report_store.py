@@ -97,7 +97,7 @@ def certificate(
     """A match certificate: digests that depend on depth and seed alone."""
     names = [row["layer"] for row in cifar_modules(depth) if row["kind"] != "block"]
     digests = {f"{name}.weight": f"{depth}-{seed}-{name}" for name in names}
-    digests |= {name: "own" for name in extra}
+    digests |= dict.fromkeys(extra, "own")
     count = 1000 * depth + len(extra)
     return {"parameter_count": count, "parameters": digests, "batches": f"{batches}{seed}",
             "data": "d"}  # fmt: skip
@@ -116,7 +116,8 @@ def write_run(
 ) -> Path:
     """One cifar run of the given spec keys; `change` may edit the columns of weights.parquet."""
     spec = RunSpec(**keys)
-    assert spec.depth is not None and spec.skip is not None
+    assert spec.depth is not None
+    assert spec.skip is not None
     modules = cifar_modules(spec.depth)
     writer = RunWriter(store / spec.name, spec.to_dict())
     writer.write("modules", table_of("modules", modules))

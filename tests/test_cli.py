@@ -69,6 +69,7 @@ def test_one_run_says_what_happened_and_where_and_leaves_only_the_store(main, tm
     before = (run.path / "run.json").stat().st_mtime_ns
     code, out, _ = main(*TINY, "max_steps=2", "batch_size=32")
     assert code == 0
+    assert out.startswith("in the store already, not run again")
     assert (run.path / "run.json").stat().st_mtime_ns == before
 
 

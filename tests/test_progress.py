@@ -117,7 +117,7 @@ def test_plain_lines_of_a_sweep():
         "cifar-152-none s0 | a [user] prints",
         "cifar-152-none s0: step 10 of 264, loss 2.303, accuracy 10.4%, grad first/last 1.2e+04",
         "cifar-152-none s0: step 20 of 264, loss 2.303, accuracy 10.4%, grad first/last 1.2e+04",
-        "cifar-152-none s0: done in 1 min 00 s, train accuracy 11.2%, test accuracy nan%"
+        "cifar-152-none s0: done in 1 min 00 s, train accuracy 11.2%, test nan%"
         " [2 runs: 1 done, 0 running, 0 failed, 0 diverged, 1 waiting; 59 s left]",
         "cifar-152-identity s0: failed: ValueError: [no] such thing"
         " [2 runs: 1 done, 0 running, 1 failed, 0 diverged, 0 waiting]",

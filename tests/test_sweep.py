@@ -238,6 +238,7 @@ def test_ctrl_c_ends_runs_as_interrupted_and_waiting_ones_not_at_all(cheap, tmp_
         sweep(specs, display=display, runs_dir=str(tmp_path), jobs=2)
     runs = [Run(tmp_path / s.name) for s in specs[:2]]
     assert [run.status for run in runs] == ["interrupted"] * 2
+    assert not any("error" in run.record for run in runs)  # they were asked, not killed
     assert all(gone(run.record["pid"]) and not run.alive for run in runs)
     assert not (tmp_path / specs[2].name).exists()
     assert display[-3]["event"] == "stopping"

@@ -29,10 +29,10 @@ def answers(overview: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
         lines.append(f"Final training error of {arm} networks: {', '.join(errors)}.")
     for arm, part in _training(tables.benefit(pairs)):
         last = part.iloc[-1]
-        lines.append(
-            f"At depth {last['depth']} the training error of plain networks minus that of {arm} "
-            f"ones is {last['text']}."
-        )
+        way = "lower" if last["mean"] > 0 else "higher"
+        gap = f"{way} than that of plain ones by {str(last['text']).lstrip('+-')}"
+        told = gap if last["mean"] else f"that of plain ones ({last['text']})"
+        lines.append(f"At depth {last['depth']} the training error of {arm} networks is {told}.")
     return lines or ["No run of this group has a final training error."]
 
 
@@ -43,13 +43,19 @@ def _training(means: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def ratios(words: pd.DataFrame) -> str:
-    """How the gradient at the first layer compares with that at the last: one sentence a depth."""
-    lines = []
+    """How the gradient at the first layer compares with that at the last, in one sentence.
+
+    Args:
+        words: `tables.rate_words` of one moment.
+    """
+    kinds = {"conv": "convolution", "linear": "linear layer"}
+    parts = []
     for key, part in words.groupby("depth", sort=True, dropna=False):
-        where = "" if pd.isna(key) else f"Depth {key!s}: "
-        arms = [f"{row['first_last']} ({row['arm']})" for _, row in part.iterrows()]
-        lines.append(f"{where}first over last {part['kind'].iloc[0]} layer {', '.join(arms)}.")
-    return " ".join(lines)
+        where = "" if pd.isna(key) else f"depth {key!s} "
+        means = [f"{row['first_last'].split(' ')[0]} ({row['arm']})" for _, row in part.iterrows()]
+        parts.append(f"{where}{', '.join(means)}")
+    kind = kinds.get(words["kind"].iloc[0], "layer")
+    return f"Norm at the first {kind} over that at the last: {'; '.join(parts)}."
 
 
 def marks(values: pd.Series) -> str:
@@ -58,40 +64,47 @@ def marks(values: pd.Series) -> str:
     zeros, infinite = int((known == 0).sum()), int((~np.isfinite(known)).sum())
     words = [f"{zeros} values are exactly zero"] * bool(zeros)
     words += [f"{infinite} are NaN or Inf"] * bool(infinite)
-    return f"Of {known.size} values drawn {' and '.join(words)}." if words else ""
+    return f" Of {known.size} values drawn {' and '.join(words)}." if words else ""
 
 
 # --- under which conditions -----------------------------------------------------------------------
 
 _CONDITIONS = {
-    "network": "network {}", "norm": "norm {}", "activation": "{}", "init": "{} initialisation",
+    "network": "network {}", "width": "width {}", "order": "{}-activation", "norm": "norm {}",
+    "activation": "{}", "init": "{} initialisation", "padding": "padding {}",
     "data": "data {}", "batch_size": "batch {}", "accumulate": "{} batches an update",
-    "optimizer": "{}", "lr": "learning rate {}", "momentum": "momentum {}",
-    "weight_decay": "weight decay {}", "schedule": "{} schedule", "milestones": "milestones {}",
+    "optimizer": "{}", "momentum": "momentum {}", "weight_decay": "weight decay {}",
+    "lr": "learning rate {}", "schedule": "{} schedule", "milestones": "milestones {}",
     "warmup": "{} steps of warm-up", "clip": "clipped at {}", "precision": "{}",
-    "epochs": "{} epochs", "steps": "{} updates", "seed": "seed {}",
+    "epochs": "{} epochs", "steps": "{} updates", "seed": "seeds {}",
 }  # fmt: skip
+_SHORT = ("network", "data", "batch_size", "lr", "schedule", "steps", "seed")
 _UNREMARKABLE = {"accumulate": 1, "warmup": 0, "precision": "fp32"}
 
 
-def conditions(members: Iterable[Run]) -> str:
-    """Under which conditions some runs were made, from their specs: one line."""
+def conditions(members: Iterable[Run], *, short: bool = False) -> str:
+    """Under which conditions some runs were made, from their specs; `short` as a caption needs."""
     rows = [run.columns() | {"steps": run.record.get("steps")} for run in members]
     parts = []
     for key, words in _CONDITIONS.items():
         values = {row.get(key) for row in rows} - {None, _UNREMARKABLE.get(key)}
-        if values:
-            parts.append(words.format(_listed(values)))
+        if values and (not short or key in _SHORT):
+            text = words.format(_listed(values))
+            parts.append(text.replace("seeds", "seed") if len(values) == 1 else text)
     if any(run.record.get("origin") == "external" for run in members):
         parts.append("a user's own loop")
-    return "; ".join(parts) + "."
+    return ", ".join(parts)
 
 
 def _listed(values: Iterable[Any]) -> str:
     known = sorted(values, key=lambda v: (isinstance(v, str), v))
     if len(known) > 5:
         return f"{_plain(known[0])} to {_plain(known[-1])}"
-    return ", ".join(map(_plain, known))
+    return " and ".join(map(_plain, known)) if len(known) < 3 else _series(known)
+
+
+def _series(known: list[Any]) -> str:
+    return f"{', '.join(map(_plain, known[:-1]))} and {_plain(known[-1])}"
 
 
 def _plain(value: Any) -> str:

@@ -157,8 +157,11 @@ def _run(spec: RunSpec, execution: Execution) -> int:
     from dataclasses import asdict
 
     from gradflow.progress import Display, guarded
+    from gradflow.store import find
 
     settings = asdict(execution)
+    if find(execution.runs_dir, spec) is not None:
+        print("in the store already, not run again:")
     with Display() as display:
         from gradflow.run import run
 

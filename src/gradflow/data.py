@@ -154,6 +154,14 @@ def _read_npz(path: Path) -> _Arrays:
     return images.astype(np.float64), labels
 
 
+def consumed_digest(before: str, indices: np.ndarray) -> str:
+    """Digest of all batches consumed so far, from that before this batch and this batch's indices.
+
+    A chain, so that a run that goes on from a checkpoint needs no more than the last link.
+    """
+    return hashlib.sha256(before.encode() + indices.astype("<i8").tobytes()).hexdigest()[:16]
+
+
 class Batches:
     """Training batches (images, labels, indices) of one epoch after another.
 

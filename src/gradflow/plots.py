@@ -8,6 +8,7 @@ NaN and Inf at the top.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ themed = mpl.rc_context(_THEME)  # type: ignore[arg-type]
 
 # Okabe & Ito's colours; plain and residual are far apart in lightness too.
 _STYLES: dict[str, tuple[str, Any, str]] = {
+    "": ("#00517F", "-", "o"),  # a single record, without arms
     "plain": ("#D55E00", (0, (4, 1.5)), "s"),
     "residual": ("#00517F", "-", "o"),
     "forward only": ("#009E73", (0, (1, 1)), "^"),
@@ -129,11 +131,15 @@ def _matrix(
 
 
 def _legend(figure: Figure, handles: Sequence[Any], title: str = "") -> None:
+    title = "\n".join(textwrap.wrap(title, int(11 * figure.get_figwidth())))
     if not handles:
         figure.suptitle(title)
         return
     columns = min(len(handles), 5)
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, title=title or None)
+    legend = figure.legend(
+        handles=handles, loc="outside upper center", ncols=columns, title=title or None
+    )
+    legend.get_title().set_multialignment("center")
 
 
 def _line_handle(name: str, style: tuple[str, Any, str]) -> Line2D:
@@ -228,16 +234,16 @@ def when(steps: ArrayLike) -> str:
 
 def _completed(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns that facet a figure, also for the frame of a single record, which lacks them."""
-    missing = {"run_id": "", "depth": None, "arm": ""}
+    missing: dict[str, Any] = {"run_id": "", "depth": pd.NA, "arm": ""}
     return frame.assign(**{n: v for n, v in missing.items() if n not in frame})
 
 
 def _by_depth(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(panel's title, rows) for each depth; runs without one come last, without a title."""
+    """(panel's title, rows) for each depth; runs without one come last."""
     known = sorted(frame["depth"].dropna().unique())
     parts = [(f"depth {depth}", frame[frame["depth"] == depth]) for depth in known]
     rest = frame[frame["depth"].isna()]
-    return [*parts, ("", rest)] if len(rest) else parts
+    return [*parts, ("no depth given" if parts else "", rest)] if len(rest) else parts
 
 
 # --- profiles -------------------------------------------------------------------------------------
@@ -288,7 +294,7 @@ def profile(
     figure.supxlabel(f"{what}, counted from the input", fontsize=9)
     label = _LABELS.get(quantity, quantity).replace(" (", "\n(")
     if family == tables.NORM:
-        label = label.replace("weight gradient", "parameters’ gradient")
+        label = label.replace("weight gradient", "parameters' gradient")
     figure.supylabel(label, fontsize=9)
     arms = [_line_handle(arm, styles[arm]) for arm in ordered(data["arm"]) if arm]
     heading = ": ".join(filter(None, [panels[0][0] if constant else "", title]))
@@ -593,11 +599,10 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `<stem>.svg`, `.png` and `.pdf`."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in FORMATS]
     svg, png, pdf = paths
-    # `savefig` would lay the figure out anew for each format, most of its time.
+    # `savefig` would draw twice for each format to lay the figure out anew: most of its time.
     figure.dpi = 150
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
     FigureCanvasAgg(figure).print_png(png)  # first: the others set the resolution anew
+    figure.set_layout_engine("none")
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
     FigureCanvasPdf(figure).print_pdf(pdf, metadata={"CreationDate": None})
     return paths

@@ -21,7 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gradflow.store import Run, decode
+from gradflow.store import decode
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -305,16 +305,10 @@ def outcome(
     words = status
     if seconds is not None:
         words += f" {'in' if status == 'done' else 'after'} {duration(seconds)}"
-    for name in ("train_accuracy", "test_accuracy"):
+    for name, said in {"train_accuracy": "train accuracy", "test_accuracy": "test"}.items():
         if name in metrics:
-            words += f", {name.replace('_', ' ')} {_percent(metrics[name])}"
+            words += f", {said} {_percent(metrics[name])}"
     return f"{words}: {error.splitlines()[-1]}" if error else words
-
-
-def result_line(run: Run) -> str:
-    """What happened to a run and where it lies, in a line."""
-    words = outcome(run.status, run.record.get("seconds"), run.metrics, run.record.get("error"))
-    return f"{labels([run.path.name])[0]}: {words}; in {run.path}"
 
 
 def duration(seconds: float) -> str:

@@ -90,7 +90,8 @@ def gather(runs: Runs) -> Material:
                 problems.append(str(error))
                 continue
             if len(part):
-                parts[name].append(part.assign(**about[index]))
+                depth = pd.array([about[index]["depth"]] * len(part), "Int64")
+                parts[name].append(part.assign(**about[index] | {"depth": depth}))
     for name, frames in parts.items():
         if frames:
             setattr(found, name, pd.concat(frames, ignore_index=True))
@@ -221,6 +222,8 @@ def _comparison_text(frame: pd.DataFrame) -> str:
 
 def _comparison_columns(frame: pd.DataFrame) -> pd.DataFrame:
     arms = list(dict.fromkeys(frame["arm"]))
+    if arms == ["–"]:
+        return frame[["depth", "plain"]]
     names = {"depth": "depth", "plain": "plain", "arm": "skip", "other": "with skip"}
     if len(arms) == 1:
         names = {"depth": "depth", "plain": "plain", "other": arms[0]}
@@ -248,7 +251,7 @@ _PAGE = Template("""<!doctype html>
 <title>gradflow report: $title</title>
 <style>
 :root { color-scheme: light; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: #fff; color: #1a1a1a;
+body { margin: 0 auto; max-width: 50rem; padding: 1rem; background: #fff; color: #1a1a1a;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid #ddd; }
@@ -265,6 +268,7 @@ th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; 
 thead th { border-bottom: 1px solid #888; white-space: nowrap; }
 tbody tr { border-bottom: 1px solid #eee; }
 td.number, th.number { text-align: right; white-space: nowrap; }
+td:first-child { white-space: nowrap; }
 code, pre { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
 pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; }
 .note { color: #555; font-size: .9rem; }
@@ -395,7 +399,9 @@ def _replace(staging: Path, directory: Path) -> None:
 def _title(found: Material) -> str:
     depths = sorted(found.overview["depth"].dropna().unique())
     arms = " and ".join(plots.ordered(found.overview["arm"]))
-    return f"{arms} networks of depth {', '.join(map(str, depths))}" if depths else arms
+    if not depths:
+        return "Recorded runs"
+    return f"{arms[0].upper()}{arms[1:]} networks of depth {', '.join(map(str, depths))}"
 
 
 def _subtitle(found: Material) -> str:
@@ -427,7 +433,7 @@ def _compose(page: _Page, found: Material) -> None:
 
 
 def _write_tables(page: _Page, found: Material) -> None:
-    page.csv("runs", found.overview)
+    page.csv("runs", _sorted(found.overview))
     page.csv("pairs", found.pairs)
     page.csv("degradation", tables.degradation(found.overview))
     page.csv("benefit", tables.benefit(found.pairs))
@@ -453,6 +459,10 @@ def _number(group: Material) -> str:
     return f"-{number + 1}" if number else ""
 
 
+def _under(group: Material) -> str:
+    return f"Conditions: {captions.conditions(group.members, short=True)}."
+
+
 _INTERVALS = (
     "Points with bars are means over seeds with 95 % t intervals, no bar where one seed was run or "
     "all agree; small points beside them are seeds."
@@ -468,12 +478,11 @@ def _question(page: _Page, groups: list[Material], drawn: int) -> None:
         title = _heading(page, group)
         page.items(captions.answers(group.overview, group.pairs))
         words = tables.comparison(group.overview, group.pairs)
-        page.table(_comparison_columns(words), ["depth"])
         page.text(
-            "Training accuracy from an evaluation-mode pass over the whole training split; "
-            "difference of accuracy between paired seeds.",
-            note=True,
+            "Training accuracy at the end, from an evaluation-mode pass over the whole training "
+            "split, and its difference between paired seeds, with 95 % t intervals:"
         )
+        page.table(_comparison_columns(words), ["depth"])
         lines = tables.degradation(group.overview)
         if group not in groups[:drawn] or lines.empty:
             continue
@@ -481,8 +490,8 @@ def _question(page: _Page, groups: list[Material], drawn: int) -> None:
             f"degradation{_number(group)}",
             plots.degradation(group.overview, lines, title=title),
             "Final training and test error against depth, by arm.",
-            f"Final error against depth. {_INTERVALS} It depends on the learning rate and on the "
-            f"number of updates: {captions.conditions(group.members)}",
+            f"Final error against depth; it depends on the learning rate and the number of "
+            f"updates. {_INTERVALS} {_under(group)}",
         )
     if len(groups) > drawn:
         page.text(
@@ -512,7 +521,7 @@ def _profile_figures(
     page: _Page, group: Material, frame: pd.DataFrame, moment: str, title: str
 ) -> None:
     when = plots.when(frame["step"])
-    about = f"One line a run; {captions.conditions(group.members)}"
+    about = f"One line a run. {_under(group)}"
     families = set(frame["family"])
     if tables.WEIGHT in families:
         words = tables.rate_words(tables.rates(frame))
@@ -522,7 +531,7 @@ def _profile_figures(
             plots.profile(frame, title=title),
             f"Norm of each layer's weight gradient against its place, {when}, by arm and depth.",
             f"L2 norm of the gradient of each convolution's and linear layer's parameters, {when}, "
-            f"from the input on; dotted lines where the stage changes. {captions.ratios(words)} "
+            f"from the input on; dotted lines where the stage changes. {captions.ratios(words)}"
             f"{captions.marks(weights)} {about}",
         )
         page.table(_rate_columns(words), ["depth"])
@@ -532,16 +541,26 @@ def _profile_figures(
             f"profile-norm-{moment}{_number(group)}",
             plots.profile(frame, family=tables.NORM, title=title),
             f"Norm of each normalisation layer's parameter gradient, {when}, by arm and depth.",
-            f"The same for normalisation layers (and parameters of other modules), {when}. "
+            f"The same for normalisation layers (and parameters of other modules), {when}."
             f"{captions.marks(norms)} {about}",
         )
 
 
+def _rate_table(profiles: pd.DataFrame, moment: str) -> tuple[pd.DataFrame, str]:
+    frame = profiles[profiles["moment"] == moment] if len(profiles) else profiles
+    words = tables.rate_words(tables.rates(frame)) if len(frame) else frame
+    return (_rate_columns(words), plots.when(frame["step"])) if len(words) else (words, "")
+
+
 def _rate_columns(words: pd.DataFrame) -> pd.DataFrame:
-    names = {"depth": "depth", "arm": "skip", "rate": "a layer toward the input"}
+    names = {"depth": "depth", "arm": "skip"}
+    if words["step"].nunique() > 1:  # where some runs ended earlier
+        names["step"] = "after updates"
+    names["rate"] = "a layer toward the input"
     names |= {"verdict": "verdict", "fits": "seeds with a rate", "first_last": "first/last layer"}
     names |= {name: name.replace("_", "-") for name in ("zeros", "non_finite") if words[name].any()}
-    return words[list(names)].rename(columns=names)
+    depth = words["depth"].astype(object).where(words["depth"].notna(), "–")
+    return words.assign(depth=depth)[list(names)].rename(columns=names)
 
 
 def _heat_section(page: _Page, groups: list[Material]) -> None:
@@ -551,15 +570,16 @@ def _heat_section(page: _Page, groups: list[Material]) -> None:
     page.section("heatmaps", "Layer by layer, step by step")
     for group in parts:
         title = _heading(page, group)
-        names = ", ".join(dict.fromkeys(group.heat["run"]))
+        seeds, runs = (list(dict.fromkeys(group.heat[c])) for c in ("seed", "run"))
+        which = f"seed {seeds[0]}" if len(seeds) == 1 else ", ".join(runs)
         weights = group.heat[group.heat["family"] == tables.WEIGHT][QUANTITY]
         page.figure(
             f"heatmap{_number(group)}",
             plots.heatmap(group.heat, title=title),
             "Heatmaps of the weight-gradient norm over layer and step, by depth and arm.",
             "L2 norm of the weight gradient of convolutions and linear layers over training; one "
-            f"run a panel: {names}. Grey: not recorded. {captions.marks(weights)} "
-            f"{captions.conditions(group.members)}",
+            f"run a panel ({which}). Grey: not recorded.{captions.marks(weights)} "
+            f"{_under(group)}",
         )
 
 
@@ -577,7 +597,7 @@ def _curve_section(page: _Page, groups: list[Material]) -> None:
             "Loss of the training batches (means over up to a hundredth of the run), accuracy on "
             "the training batches in training mode, and test accuracy where it was evaluated. "
             "Open marks: accuracy on the whole training split in evaluation mode at the end. One "
-            f"line a run; {captions.conditions(group.members)}",
+            f"line a run. {_under(group)}",
         )
 
 
@@ -595,7 +615,7 @@ def _benefit_section(page: _Page, groups: list[Material]) -> None:
             plots.benefit(group.pairs, lines, title=title),
             "Plain error minus the error with a skip, by depth.",
             "Final error of the plain network minus that of its partner of equal depth and seed: "
-            f"above zero the skip helps. {_INTERVALS} {captions.conditions(group.members)}",
+            f"above zero the skip helps. {_INTERVALS} {_under(group)}",
         )
 
 
@@ -621,41 +641,47 @@ def _block_section(page: _Page, groups: list[Material]) -> None:
                 f"Size of branch and skip in each block, {arm} networks, {when}.",
                 f"What the two terms of each block's sum carry, {arm} networks, {when}: root mean "
                 "square of the values forward, L2 norm of the gradients backward (loss / output). "
-                f"One line a run; {captions.conditions(group.members)}",
+                f"One line a run. {_under(group)}",
             )
 
 
 def _run_section(page: _Page, found: Material) -> None:
     page.section("runs", "Runs")
+    frame = _sorted(found.overview)
 
     def numbers(name: str, style: str) -> list[str]:
-        values = found.overview[name]
-        return ["" if value is pd.NA else format(value, style) for value in values]
+        return ["" if value is pd.NA else format(value, style) for value in frame[name]]
 
     shown = {
-        "run": found.overview["run"],
-        "outcome": found.overview["outcome"],
-        "certificate of its pair": found.overview["match"],
+        "run": frame["run"],
+        "outcome": frame["outcome"],
+        "certificate": frame["match"],
         "parameters": numbers("parameters", ",.0f"),
         "updates": numbers("steps", ",.0f"),
         "seconds": numbers("seconds", ",.1f"),
         "recorder": numbers("recorder_share", ".1%"),
-        "training accuracy": numbers("train_accuracy", ".3f"),
-        "test accuracy": numbers("test_accuracy", ".3f"),
+        "train acc.": numbers("train_accuracy", ".3f"),
+        "test acc.": numbers("test_accuracy", ".3f"),
     }
     page.table(pd.DataFrame(shown), list(shown)[3:])
     page.text(
-        "Matched: equal initial parameters, batches and data, by digest. Recorder: its share of "
-        "the run's time.",
+        "Certificate of the run's pair: matched is equal initial parameters, batches and data, by "
+        "digest. Recorder: its share of the run's time. Accuracies at the end, evaluation mode.",
         note=True,
     )
+
+
+def _sorted(overview: pd.DataFrame) -> pd.DataFrame:
+    place = {name: index for index, name in enumerate(plots.ordered(overview["arm"]))}
+    order = overview.assign(place=overview["arm"].map(place), text=overview["seed"].map(str))
+    return overview.loc[order.sort_values(["group", "depth", "place", "text"]).index]
 
 
 def _condition_section(page: _Page, groups: list[Material]) -> None:
     page.section("conditions", "Conditions, environment, commands")
     for group in groups:
         _heading(page, group)
-        page.text(captions.conditions(group.members))
+        page.text(captions.conditions(group.members) + ".")
         lines = captions.commands(group.members)
         if lines:
             page.code(lines)
@@ -678,15 +704,15 @@ def text_report(runs: Runs) -> str:
     """
     found = gather(runs)
     parts = [_comparison_text(tables.comparison(found.overview, found.pairs))]
-    if len(found.profiles):
+    for group in (found.of(number) for number in sorted(found.overview["group"].unique())):
         for moment in ("first", "last"):
-            frame = found.profiles[found.profiles["moment"] == moment]
-            words = tables.rate_words(tables.rates(frame)) if len(frame) else frame
+            words, when = _rate_table(group.profiles, moment)
             if len(words):
-                heading = f"gradient of the weights, {plots.when(frame['step'])}"
-                parts.append(f"{heading}\n{_text_table(_rate_columns(words))}")
-    columns = {"run": "run", "outcome": "outcome", "match": "certificate of its pair"}
-    parts.append(_text_table(found.overview[list(columns)].rename(columns=columns)))
+                heading = f"gradient of the weights, {when}"
+                title = str(group.overview["title"].iloc[0])
+                parts.append("\n".join(filter(None, [title, heading, _text_table(words)])))
+    columns = {"run": "run", "outcome": "outcome", "match": "certificate"}
+    parts.append(_text_table(_sorted(found.overview)[list(columns)].rename(columns=columns)))
     if found.problems:
         parts.append("\n".join(["passed over or unfinished:", *found.problems]))
     return "\n\n".join(parts)

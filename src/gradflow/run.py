@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gradflow.data import Batches, Data, load_data
+from gradflow.data import Batches, Data, consumed_digest, load_data
 from gradflow.environment import environment
 from gradflow.errors import GradflowError, SpecError
 from gradflow.networks import build
@@ -147,12 +147,12 @@ def _measure_initialisation(
         data.train, batch_size=spec.batch_size, accumulate=spec.accumulate, seed=spec.seed
     )
     quantities = [name for name in _quantities(spec) if name != "update_norm"]
-    consumed = hashlib.sha256()
+    consumed = ""
     network.train()
     with Recorder(network, quantities, _schedules(spec), save=writer) as recorder:
         loss, right = torch.zeros(()), torch.zeros(())
         for images, labels, indices in _first(batches, spec.accumulate):
-            consumed.update(indices.tobytes())
+            consumed = consumed_digest(consumed, indices)
             with _autocast(spec, images.device):
                 logits = network(images)
                 part = functional.cross_entropy(logits, labels) / spec.accumulate
@@ -164,7 +164,7 @@ def _measure_initialisation(
     return {
         "steps": 0,
         "metrics": {},
-        "batches_digest": consumed.hexdigest()[:16],
+        "batches_digest": consumed,
         "recorder_seconds": recorder.seconds,
         "divergence": None if divergence is None else asdict(divergence),
     }

@@ -352,10 +352,12 @@ class Runs:
         rows = []
         for run in self.members:
             record = run.record
+            identity = {"run_id": run.run_id, "run": run.path.name, "path": str(run.path)}
+            identity |= {"origin": record.get("origin"), "status": run.status}
             rows.append(
-                {"run_id": run.run_id, "run": run.path.name, "path": str(run.path)}
-                | {"origin": record.get("origin"), "status": run.status}
+                identity
                 | self._columns[run.path]
+                | identity  # whatever a user's `meta` is called
                 | {name: run.metrics.get(name) for name in METRICS}
                 | {
                     "parameter_count": record.get("certificate", {}).get("parameter_count"),
@@ -401,7 +403,7 @@ class Runs:
         if quantity is not None:
             data = data.select([*schema.KEYS[name], quantity])
             data = data.filter(pc.is_valid(data[quantity]))
-        if name != "modules":
+        if name != "modules" and "layer" in schema.KEYS[name]:
             data = schema.with_modules(data, run.table("modules"))
         row = {"run_id": pa.scalar(run.run_id), **described}
         for label, value in reversed(row.items()):

@@ -255,7 +255,7 @@ class _Pool:
 
     def _next(self, worker: _Worker) -> None:
         worker.job = None
-        if self._waiting:
+        if self._waiting and worker.process.returncode is None:
             job = self._waiting.popleft()
             self._say({"event": "start", "run": job.name})
             worker.begin(job, self._settings)
@@ -319,8 +319,10 @@ class _Pool:
         if worker.job is not None:
             self.ends[worker.job.run_id] = (event["status"], event["error"] or "")
             self._say(event)
-        if event["status"] == "interrupted":
-            worker.job = None  # it leaves by itself, and another takes its place
+        if event["status"] == "interrupted":  # it leaves, and another takes its place
+            worker.job = None
+            if worker.deadline is None:
+                worker.dismiss()
         else:
             self._next(worker)
 

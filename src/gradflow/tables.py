@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student_t
 
-from gradflow.spec import SKIP_KEYS
+from gradflow.spec import NETWORKS, SKIP_KEYS, RunSpec
 from gradflow.store import METRICS, Run, Runs
 
 LEVEL = 0.95
@@ -52,7 +52,8 @@ def arm(columns: Mapping[str, Any]) -> str:
 
 def _remaining(run: Run) -> dict[str, Any]:
     """The keys in which two arms of a comparison must agree."""
-    columns = {key: v for key, v in run.columns().items() if key not in _NOT_COMPARED}
+    named = {key: value for key, value in run.columns().items() if value is not None}
+    columns = {key: value for key, value in named.items() if key not in _NOT_COMPARED}
     if columns.get("network_args"):  # a user's network takes depth and skip among its arguments
         args = json.loads(columns["network_args"])
         kept = {key: v for key, v in args.items() if key not in _NOT_COMPARED}
@@ -61,16 +62,49 @@ def _remaining(run: Run) -> dict[str, Any]:
 
 
 def group_titles(keys: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A title for each of some distinct groups: the keys in which they differ."""
-    names = list(dict.fromkeys(name for key in keys for name in key))
-    differ = [name for name in names if len({_text(key.get(name)) for key in keys}) > 1]
+    """A title for each of some distinct groups: the keys in which it differs from the others.
 
-    def title(key: Mapping[str, Any], nulls: bool) -> str:
-        shown = [name for name in differ if nulls or key.get(name) is not None]
-        return ", ".join(f"{name}={_text(key.get(name))}" for name in shown)
+    Groups of different networks, and of users' loops, have too little in common for that: each is
+    told by its network's name and the keys that are not at their default.
+    """
+    families = [_family(key) for key in keys]
+    many = len(set(families)) > 1
+    titles = []
+    for key, family in zip(keys, families, strict=True):
+        others = [k for k, name in zip(keys, families, strict=True) if name == family]
+        shown = _differing(key, others) if len(others) > 1 else _unusual(key) if many else ""
+        titles.append(", ".join(filter(None, [family if many else "", shown])))
+    return titles
 
-    short = [title(key, nulls=False) for key in keys]
-    return short if len(set(short)) == len(keys) else [title(key, nulls=True) for key in keys]
+
+def _family(key: Mapping[str, Any]) -> str:
+    return "a user's loop" if key.get("origin") == "external" else str(key.get("network"))
+
+
+def _differing(key: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for other in others for name in other))
+    differ = [n for n in names if len({_text(other.get(n)) for other in others}) > 1]
+
+    def title(one: Mapping[str, Any], nulls: bool) -> str:
+        shown = [name for name in differ if nulls or one.get(name) is not None]
+        return ", ".join(f"{name}={_text(one.get(name))}" for name in shown)
+
+    short = title(key, nulls=False)
+    clear = short and [title(other, nulls=False) for other in others].count(short) == 1
+    return short if clear else title(key, nulls=True)
+
+
+def _unusual(key: Mapping[str, Any]) -> str:
+    name = str(key.get("network"))
+    usual = RunSpec(network=name).columns() if name in NETWORKS and name != "custom" else {}  # type: ignore[arg-type]
+    shown = {n: v for n, v in key.items() if v is not None and v != usual.get(n)}
+    return ", ".join(f"{n}={_text(v)}" for n, v in shown.items() if n not in ("origin", "network"))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _whole(value: Any) -> int | None:
@@ -79,12 +113,6 @@ def _whole(value: Any) -> int | None:
         return int(value)
     except (TypeError, ValueError):
         return None
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- one row a run --------------------------------------------------------------------------------
@@ -108,7 +136,7 @@ def overview(runs: Runs) -> pd.DataFrame:
     rows = []
     for run, label in zip(runs, labels, strict=True):
         columns, number = run.columns(), order.index(label)
-        row = {
+        row: dict[str, Any] = {
             "run_id": run.run_id,
             "run": run.path.name,
             "path": str(run.path),
@@ -143,7 +171,9 @@ def overview(runs: Runs) -> pd.DataFrame:
 
 def _column(name: str, values: list[Any]) -> pd.Series:
     """Numbers that may be missing are Arrow-backed: a null there is not a NaN."""
-    if name in ("depth", "seed"):
+    if name == "depth":
+        return pd.Series(values, dtype="Int64")
+    if name == "seed":
         return pd.Series(values, dtype=object)
     if name in (*METRICS, "seconds", "recorder_share"):
         return pd.Series(pa.array(values, pa.float64()), dtype=pd.ArrowDtype(pa.float64()))
@@ -157,7 +187,7 @@ def _repeated(runs: Runs, frame: pd.DataFrame) -> dict[int, str]:
     started = frame.assign(started=[run.record.get("started", 0.0) for run in runs])
     known = started[frame["depth"].notna() & frame["seed"].notna()].sort_values("started")
     older: dict[int, str] = {}
-    for _, part in known.groupby(["group", "depth", "seed", "arm"]):
+    for _, part in known.groupby(["group", "depth", "seed", "arm"], sort=False):
         older |= dict.fromkeys(part.index[:-1], str(part["run"].iloc[-1]))
     return older
 
@@ -229,11 +259,13 @@ _PAIR_KEYS = ["group", "depth", "seed"]
 
 def _pair_up(runs: Runs, frame: pd.DataFrame) -> list[tuple[int, int, str]]:
     """Rows (plain, other) of each pair, with their certificate."""
+    if frame.empty:
+        return []
     passed = _repeated(runs, frame)
     places: dict[tuple[Any, ...], dict[str, int]] = {}
     for index, row in enumerate(frame.to_dict("records")):
         key = tuple(row[name] for name in _PAIR_KEYS)
-        if index not in passed and row["arm"] != "unnamed" and None not in key:
+        if index not in passed and row["arm"] != "unnamed" and not any(map(pd.isna, key)):
             places.setdefault(key, {})[row["arm"]] = index
     return [
         (arms[PLAIN], other, match(runs.members[arms[PLAIN]], runs.members[other]))
@@ -275,9 +307,9 @@ def pairs(runs: Runs, frame: pd.DataFrame) -> pd.DataFrame:
             row[f"{split}_difference"] = one[label] - two[label] if valid else math.nan
         rows.append(row)
     columns = [*_PAIR_KEYS, "title", "arm", "plain_run", "run", "match", "extras"]
-    columns += [f"{s}_{c}" for s in SPLITS for c in ("error", "difference")]
-    columns += [f"plain_{s}_error" for s in SPLITS]
-    return pd.DataFrame(rows, columns=None if rows else columns)
+    for split in SPLITS:
+        columns += [f"plain_{split}_error", f"{split}_error", f"{split}_difference"]
+    return _with_depth(pd.DataFrame(rows, columns=columns))
 
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -408,7 +440,7 @@ def _matched_words(certificates: Iterable[str]) -> str:
 def _at(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
     keep = np.ones(len(frame), dtype=bool)
     for name, value in values.items():
-        keep &= (frame[name] == value).to_numpy(dtype=bool)
+        keep &= (frame[name] == value).fillna(False).to_numpy(dtype=bool)
     return frame[keep]
 
 
@@ -612,7 +644,12 @@ def rates(frame: pd.DataFrame) -> pd.DataFrame:
             | {"first_last": rate.first_last, "zeros": int((values == 0).sum())}
             | {"non_finite": int((~np.isfinite(values)).sum()), "text": sentence(rate)}
         )
-    return pd.DataFrame(rows)
+    return _with_depth(pd.DataFrame(rows))
+
+
+def _with_depth(frame: pd.DataFrame) -> pd.DataFrame:
+    """Depths are whole numbers also where a run has none."""
+    return frame.astype({"depth": "Int64"}) if "depth" in frame else frame
 
 
 def short(value: float) -> str:
@@ -625,8 +662,9 @@ def short(value: float) -> str:
 
 def sentence(rate: Rate) -> str:
     """What a gradient does toward the input, in words."""
-    stage = "first stage's" if rate.stage == 1 else f"stage {rate.stage}'s"
-    who = f"the gradient of the {'hidden layers’' if rate.kind == 'linear' else stage} weights"
+    stage = "the first stage's" if rate.stage == 1 else f"stage {rate.stage}'s"
+    owner = "the hidden layers'" if rate.kind == "linear" else stage
+    who = f"the gradient of {owner} weights"
     if rate.verdict == "exploding":
         return f"{who} grows {rate.factor:.2f}× a layer toward the input: exploding"
     if rate.verdict == "vanishing":
@@ -670,7 +708,7 @@ def _ending(run: Run) -> str:
     steps, seconds, values = run.record.get("steps"), run.record.get("seconds"), run.metrics
     line = outcome(run)
     if steps is not None:
-        line += f": {steps} updates" if run.status == "done" else f", {steps} updates"
+        line += f": {steps} updates" if run.status == "done" else f"; {steps} updates"
     if seconds is not None:
         line += f" in {seconds:.0f} s" if seconds >= 10 else f" in {seconds:.1f} s"
     for split, words in (("train", "training"), ("test", "test")):
@@ -699,7 +737,7 @@ def rate_words(frame: pd.DataFrame) -> pd.DataFrame:
             | {"fits": count, "first_last": _range(ends), "kind": part["kind"].iloc[0]}
             | {"zeros": int(part["zeros"].sum()), "non_finite": int(part["non_finite"].sum())}
         )
-    return pd.DataFrame(rows)
+    return _with_depth(pd.DataFrame(rows))
 
 
 def _range(values: NDArray[np.float64], digits: int | None = None) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from recorded import near
 from torch import Tensor
 
 from gradflow.recording import norms as module
@@ -46,7 +47,7 @@ FILLED: dict[str, Callable[[int], Tensor]] = {
 @pytest.mark.parametrize("name", FILLED)
 def test_float32_to_a_millionth(name: str) -> None:
     tensors = [FILLED[name](count) for count in SIZES]
-    expected = pytest.approx([exact(tensor) for tensor in tensors], rel=1e-6, abs=0)
+    expected = near([exact(tensor) for tensor in tensors], rel=1e-6)
     assert norms(tensors).tolist() == expected
     assert [norm(tensor).item() for tensor in tensors] == expected
 
@@ -54,7 +55,7 @@ def test_float32_to_a_millionth(name: str) -> None:
 @pytest.mark.parametrize("name", FILLED)
 def test_large_tensors_are_as_in_float64(name: str) -> None:
     tensor = FILLED[name](MANY)
-    assert norms([tensor]).item() == pytest.approx(exact(tensor), rel=1e-14, abs=0)
+    assert norms([tensor]).item() == near(exact(tensor), rel=1e-14)
 
 
 @pytest.mark.parametrize("count", [100, 128, 200, 1000, 2**17])
@@ -64,22 +65,22 @@ def test_an_element_that_dwarfs_the_others(count: int) -> None:
         for place in {0, 1, 7, 8, 31, 32, count // 2, count - 1}:
             tensor = torch.full((count,), size * 2**-12)
             tensor[place] = 1
-            assert norms([tensor]).item() == pytest.approx(exact(tensor), rel=1e-6, abs=0)
+            assert norms([tensor]).item() == near(exact(tensor), rel=1e-6)
 
 
-@pytest.mark.parametrize("exponent", range(-30, 26, 5))
+@pytest.mark.parametrize("exponent", range(-30, 26))
 def test_the_whole_range_of_float32(exponent: int) -> None:
     tensors = [random(count) * 10.0**exponent for count in (5, 200, 3000)]
     expected = [exact(tensor) for tensor in tensors]
     assert all(value > 0 and math.isfinite(value) for value in expected)
-    assert norms(tensors).tolist() == pytest.approx(expected, rel=1e-6, abs=0)
+    assert norms(tensors).tolist() == near(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("exponent", range(-30, 26, 5))
 def test_float64_to_a_million_millionth(exponent: int) -> None:
     tensors = [random(count).double() * 10.0**exponent for count in (5, 300, 2**16 + 1)]
     expected = [exact(tensor) for tensor in tensors]
-    assert norms(tensors).tolist() == pytest.approx(expected, rel=1e-12, abs=0)
+    assert norms(tensors).tolist() == near(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -88,7 +89,7 @@ def test_half_precision_is_read_as_it_is(dtype: torch.dtype) -> None:
     tensors = [(random(count) * 1000).to(dtype) for count in (5, 200, 5000)]
     tensors.append(torch.full((5000,), 1e-30 if dtype == torch.bfloat16 else 1e-7, dtype=dtype))
     expected = [exact(tensor) for tensor in tensors]
-    assert norms(tensors).tolist() == pytest.approx(expected, rel=1e-6, abs=0)
+    assert norms(tensors).tolist() == near(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [3, 1000, MANY])
@@ -106,7 +107,8 @@ def test_nan_and_infinity_stay_what_they_are(count: int, place: int) -> None:
 
 def test_empty_tensors_and_empty_lists() -> None:
     assert norms([]).tolist() == []
-    assert norms([torch.zeros(0), torch.tensor([3.0, 4.0]), torch.zeros(0, 5)]).tolist() == [0, 5, 0]
+    tensors = [torch.zeros(0), torch.tensor([3.0, 4.0]), torch.zeros(0, 5)]
+    assert norms(tensors).tolist() == [0, 5, 0]
 
 
 def test_layouts_and_shapes_do_not_matter() -> None:
@@ -119,14 +121,14 @@ def test_layouts_and_shapes_do_not_matter() -> None:
         tensor.flip(0).requires_grad_(),
     ]
     expected = [exact(view.detach()) for view in views]
-    assert norms([view.detach() for view in views]).tolist() == pytest.approx(expected, rel=1e-6)
+    assert norms([view.detach() for view in views]).tolist() == near(expected, rel=1e-6)
 
 
 def test_formats_may_be_mixed() -> None:
     tensors = [random(300), random(300).double(), random(300).bfloat16()]
     expected = [exact(tensor) for tensor in tensors]
-    assert norms(tensors).tolist() == pytest.approx(expected, rel=1e-6)
-    assert norms(tensors)[1].item() == pytest.approx(expected[1], rel=1e-14)
+    assert norms(tensors).tolist() == near(expected, rel=1e-6)
+    assert norms(tensors)[1].item() == near(expected[1], rel=1e-14)
 
 
 def test_what_is_measured_is_left_alone() -> None:
@@ -155,7 +157,7 @@ def test_scaling_by_the_largest_is_as_good(monkeypatch: pytest.MonkeyPatch) -> N
         tensor = FILLED[name](200)
         value = module.norm(Elsewhere(tensor))  # type: ignore[arg-type]
         assert value.dtype == torch.float32
-        assert value.item() == pytest.approx(exact(tensor), rel=1e-6, abs=0)
+        assert value.item() == near(exact(tensor), rel=1e-6)
     broken = torch.tensor([1.0, math.nan])
     assert math.isnan(module.norm(Elsewhere(broken)).item())  # type: ignore[arg-type]
     infinite = torch.tensor([1.0, math.inf])

@@ -9,15 +9,15 @@ from torch import Tensor
 
 # In float32 `vector_norm` adds up one after another: at 2**16 elements it errs by 2e-4 in the worst
 # case, where one element dwarfs the others; `sum` adds up in cascades. Up to so many elements they
-# err by less than 1e-6. Where the norm lies between the bounds, elements whose squares under- or
-# overflow cannot matter.
+# err by less than 1e-6. Where the norm is above the bound and finite, no square overflowed, and
+# those that underflowed cannot matter.
 _PLAIN_ELEMENTS = 2**7
 _FAST_ELEMENTS = 2**17
-_SAFE = (1e-12, 1e15)
+_SAFE = 1e-12
 
 
 def norm(tensor: Tensor) -> Tensor:
-    """L2 norm over all elements, a 0-d tensor, exact over the whole range of the tensor's format.
+    """L2 norm over all elements, a 0-d tensor; right for elements from 1e-154 to 1e154.
 
     In float64 where the device has it; elsewhere scaled by the largest element.
     """
@@ -40,7 +40,7 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([norm(tensor) for tensor in tensors])
     quick = torch.stack([_float32_norm(tensor) for tensor in tensors])
     values = quick.double()
-    for index in (~((quick > _SAFE[0]) & (quick < _SAFE[1]))).nonzero().flatten().tolist():
+    for index in (~((quick > _SAFE) & (quick < torch.inf))).nonzero().flatten().tolist():
         values[index] = norm(tensors[index])
     return values
 

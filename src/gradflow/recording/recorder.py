@@ -449,7 +449,8 @@ class Recorder:
                 self._fill_weights("weight_norm", norms(self._parameters))
             if self._wants("weights", "update_norm"):
                 self._before = [parameter.detach().clone() for parameter in self._parameters]
-        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else None
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        lr = groups[0].get("lr") if groups else None
         row = {"loss": loss, "lr": lr, **values, "grad_norm": total}
         self._step_rows.append(
             {name: _kept(value) for name, value in row.items() if value is not None}
@@ -465,9 +466,9 @@ class Recorder:
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         """The gradient's elements; where there are none a zero, which is on the device already."""
         gradient = parameter.grad
-        if gradient is not None and gradient.is_sparse:
-            gradient = gradient.coalesce().values()
-        return self._nothing if gradient is None or not gradient.numel() else gradient
+        if gradient is None:
+            return self._nothing
+        return gradient.coalesce().values() if gradient.is_sparse else gradient
 
     def _fill_weights(self, name: str, values: Tensor, present: list[bool] | None = None) -> None:
         """Combine norms by parameter into norms by module; `present` says which were measured."""

@@ -62,7 +62,7 @@ class GradientFlow(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.recorder = Recorder(
             self._model or pl_module,
-            optimizer=next(iter(trainer.optimizers), None),
+            optimizer=trainer.optimizers[0],
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             **self._options,  # type: ignore[arg-type]
         )

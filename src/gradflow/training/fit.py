@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import signal
 import time
@@ -16,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from gradflow.data import Batches, Data
+from gradflow.data import Batches, Data, consumed_digest
 from gradflow.recording import Divergence, Recorder
 from gradflow.recording.schedules import Schedule
 from gradflow.spec import RunSpec
@@ -122,16 +121,11 @@ class _Watch(pl.Callback):
     ):
         self._module, self._flow, self._data, self._spec = module, flow, data, spec
         self._tracker, self._emit = tracker, emit
-        self._consumed = hashlib.sha256()
+        self.digest = ""  # of the batches trained on, see `consumed_digest`
         self._epoch: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._loss = torch.zeros(())
         self._test: dict[str, float] = {}
         self._told = 0.0
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the indices of all batches trained on, in order."""
-        return self._consumed.hexdigest()[:16]
 
     @property
     def recorder(self) -> Recorder:
@@ -141,7 +135,7 @@ class _Watch(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         for indices in self._module.consumed:
-            self._consumed.update(indices.tobytes())
+            self.digest = consumed_digest(self.digest, indices)
         self._module.consumed.clear()
         loss = outputs["loss"].detach()
         self._epoch.append((loss * self._spec.accumulate, self._module.accuracy))

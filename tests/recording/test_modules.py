@@ -1,0 +1,278 @@
+"""Modules of all kinds, against autograd by hand."""
+
+import math
+from typing import Any
+
+import pandas as pd
+import torch
+from recorded import cells, column, near, norm, record, rms
+from torch import Tensor, nn
+
+from gradflow import Recorder, build_network
+
+
+def test_a_module_used_twice_has_one_row() -> None:
+    """Norms combine as √Σ², RMS over all elements, of calls of different sizes."""
+    network = nn.Linear(4, 4)
+    inputs = [torch.randn(3, 4), torch.randn(5, 4)]
+    outputs: list[Tensor] = []
+
+    def loss() -> Tensor:
+        outputs[:] = [network(inputs[0]), network(inputs[1])]
+        for output in outputs:
+            output.retain_grad()
+        return outputs[0].pow(3).sum() + 2 * outputs[1].pow(2).sum()
+
+    recorder = record(network, loss)
+    gradients = [norm(output.grad) for output in outputs if output.grad is not None]
+    (row,) = recorder.table("outputs").to_dict("records")
+    assert row["output_rms"] == near(rms(*outputs), rel=1e-6)
+    assert row["output_grad_norm"] == near(math.hypot(*gradients), rel=1e-6)
+    assert row["calls"] == 2
+    assert len(gradients) == 2
+    whole = [norm(p.grad) for p in network.parameters() if p.grad is not None]
+    assert column(recorder, "weights", "weight_grad_norm")["Linear"] == near(
+        math.hypot(*whole), rel=1e-6
+    )
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    """Gradients sum over the batches; outputs combine as those of a module called twice."""
+    network = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    batches = torch.randn(2, 6, 4)
+    outputs: list[Tensor] = []
+    with Recorder(network) as recorder:
+        for batch in batches:
+            output = network(batch)
+            output.retain_grad()
+            outputs.append(output)
+            (output.square().mean() / 2).backward()
+        recorder.step()
+    gradients = [norm(p.grad) for p in network[2].parameters() if p.grad is not None]
+    assert column(recorder, "weights", "weight_grad_norm")["2"] == near(
+        math.hypot(*gradients), rel=1e-6
+    )
+    assert column(recorder, "outputs", "output_rms")["2"] == near(rms(*outputs), rel=1e-6)
+    by_output = [norm(output.grad) for output in outputs if output.grad is not None]
+    assert column(recorder, "outputs", "output_grad_norm")["2"] == near(
+        math.hypot(*by_output), rel=1e-6
+    )
+    assert recorder.table("weights")["step"].tolist() == [0, 0]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.norm = nn.LayerNorm(4)
+        self.decoder = nn.Linear(4, 7)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.embedding(tokens)))
+
+
+def test_tied_weights_count_once_for_the_first_module() -> None:
+    network = Tied()
+    recorder = record(network, lambda: network(torch.arange(5)).square().sum())
+    modules = recorder.table("modules").set_index("layer")
+    assert modules["parameters"].to_dict() == {"embedding": 28, "norm": 8, "decoder": 7}
+    assert modules["kind"].to_dict() == {
+        "embedding": "embedding", "norm": "norm", "decoder": "linear"
+    }  # fmt: skip
+    found = column(recorder, "weights", "weight_grad_norm")
+    assert network.embedding.weight.grad is not None
+    assert found["embedding"] == near(norm(network.embedding.weight.grad), rel=1e-6)
+    assert network.decoder.bias.grad is not None
+    assert found["decoder"] == near(norm(network.decoder.bias.grad), rel=1e-6)
+    total = math.hypot(*(norm(p.grad) for p in network.parameters() if p.grad is not None))
+    assert math.hypot(*found.values()) == near(total, rel=1e-6)
+
+
+def test_frozen_parameters_have_a_norm_and_no_gradient() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    network[0].requires_grad_(False)
+    network[1].bias.requires_grad_(False)
+    recorder = record(network, lambda: network(torch.randn(2, 3)).sum())
+    gradients = column(recorder, "weights", "weight_grad_norm")
+    assert gradients["0"] is None
+    assert gradients["1"] == near(norm(network[1].weight.grad), rel=1e-6)
+    whole = torch.cat([network[0].weight.flatten(), network[0].bias])
+    assert column(recorder, "weights", "weight_norm")["0"] == near(norm(whole), rel=1e-6)
+    outputs = column(recorder, "outputs", "output_grad_norm")
+    assert outputs["0"] is None  # nothing before it asks for a gradient
+    assert outputs["1"] > 0
+    assert column(recorder, "outputs", "output_rms")["0"] > 0
+
+
+def test_a_parameter_without_gradient_in_some_steps_is_null_there() -> None:
+    network = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    with Recorder(network) as recorder:
+        for used in ("a", "b", "a"):
+            network.zero_grad()
+            network[used](torch.randn(3, 2)).square().sum().backward()
+            recorder.step()
+    found = cells(recorder.table("weights"), "weight_grad_norm")
+    assert [place for place, value in found.items() if value is None] == [
+        (0, "b"), (1, "a"), (2, "b")
+    ]  # fmt: skip
+    assert all(value is None or value > 0 for value in found.values())
+    assert set(cells(recorder.table("outputs"), "output_rms")) == {(0, "a"), (1, "b"), (2, "a")}
+    calls = recorder.table("modules").set_index("layer")["calls"].to_dict()
+    assert calls == {"a": 1, "b": 1}
+
+
+class Shuffled(nn.Module):
+    """Executed in another order than declared, `spare` never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare, self.last, self.first = (nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x))
+
+
+def test_positions_are_those_of_execution_and_unused_modules_come_last() -> None:
+    network = Shuffled()
+    recorder = record(network, lambda: network(torch.randn(2, 3)).sum())
+    modules = recorder.table("modules")
+    assert modules["layer"].tolist() == ["first", "last", "spare"]
+    assert modules["position"].tolist() == [0, 1, 2]
+    assert modules["calls"].tolist() == [1, 1, 0]
+    assert recorder.table("weights")["layer"].tolist() == ["first", "last", "spare"]
+    assert recorder.table("weights").sort_values("layer")["position"].tolist() == [0, 1, 2]
+
+
+def test_a_look_before_training_leaves_positions_alone() -> None:
+    network = Shuffled()
+    with Recorder(network) as recorder:
+        with torch.no_grad():
+            recorder.evaluate("test", loss=network(torch.randn(2, 3)).mean())
+        assert recorder.table("modules")["layer"].tolist() == ["spare", "last", "first"]
+        network(torch.randn(2, 3)).sum().backward()
+        recorder.step()
+    assert recorder.table("modules")["layer"].tolist() == ["first", "last", "spare"]
+
+
+def test_sparse_gradients_are_those_of_the_dense_embedding() -> None:
+    tokens, found = torch.tensor([1, 3, 3, 0, 3]), []
+    for sparse in (True, False):
+        torch.manual_seed(2)
+        network = nn.Embedding(6, 4, sparse=sparse)
+        loss = lambda network=network: network(tokens).pow(2).sum()  # noqa: E731
+        recorder = record(network, loss)
+        found.append(column(recorder, "weights", "weight_grad_norm")["Embedding"])
+    assert found[0] == near(found[1], rel=1e-6)
+    assert found[0] > 0
+
+
+def test_empty_and_whole_numbered_parameters_are_passed_over() -> None:
+    network = nn.Linear(3, 3)
+    network.register_parameter("nothing", nn.Parameter(torch.zeros(0, 3)))
+    network.register_parameter("count", nn.Parameter(torch.arange(4), requires_grad=False))
+    network.add_module("empty", nn.ParameterList([torch.zeros(0, 2)]))
+    recorder = record(network, lambda: network(torch.randn(2, 3)).sum())
+    assert recorder.table("modules")["parameters"].tolist() == [12]
+    own = torch.cat([network.weight.flatten(), network.bias])
+    assert column(recorder, "weights", "weight_norm")["Linear"] == near(norm(own), rel=1e-6)
+
+
+class Many(nn.Module):
+    """Outputs in a dict, a tuple and a list, an index among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = x * self.weight
+        return {"a": y, "b": (y + 1, [y * 2]), "index": y.argmax(), "none": None}
+
+
+def test_all_tensors_of_an_output_count() -> None:
+    network, x = Many(), torch.randn(4, 3)
+    kept: list[Tensor] = []
+
+    def loss() -> Tensor:
+        output = network(x)
+        kept[:] = [output["a"], output["b"][0], output["b"][1][0]]
+        for tensor in kept[1:]:
+            tensor.retain_grad()
+        return kept[1].square().sum() + kept[2].pow(3).sum()
+
+    recorder = record(network, loss)
+    (row,) = recorder.table("outputs").to_dict("records")
+    assert row["output_rms"] == near(rms(*kept), rel=1e-6)
+    inner = kept[1].grad + 2 * kept[2].grad  # type: ignore[operator]  # `a` feeds both others
+    gradients = [norm(inner), norm(kept[1].grad), norm(kept[2].grad)]  # type: ignore[arg-type]
+    assert row["output_grad_norm"] == near(math.hypot(*gradients), rel=1e-6)
+
+
+def test_recurrent_and_attention_layers_are_recorded() -> None:
+    network = nn.ModuleDict({"lstm": nn.LSTM(3, 4), "attend": nn.MultiheadAttention(4, 2)})
+    state: list[Tensor] = []
+
+    def loss() -> Tensor:
+        y, (h, c) = network["lstm"](torch.randn(5, 2, 3))
+        state[:] = [y, h, c]
+        return network["attend"](y, y, y)[0].square().sum()
+
+    recorder = record(network, loss)
+    outputs = column(recorder, "outputs", "output_rms")
+    assert outputs["lstm"] == near(rms(*state), rel=1e-6)
+    modules = recorder.table("modules").set_index("layer")
+    # PyTorch's attention uses the weights of its `out_proj` without calling it.
+    assert modules["calls"].to_dict() == {"lstm": 1, "attend": 1, "attend.out_proj": 0}
+    assert all(value > 0 for value in column(recorder, "weights", "weight_grad_norm").values())
+
+
+def test_activations_in_place_change_nothing_of_the_record() -> None:
+    """Outputs are the pre-activations and their gradients, whatever overwrites them later."""
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(3)
+        network = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace), nn.Conv2d(4, 4, 3),
+            nn.ReLU(inplace), nn.Flatten(), nn.Linear(16, 3), nn.ReLU(inplace),
+        )  # fmt: skip
+        x = torch.randn(5, 2, 6, 6)
+        recorder = record(network, lambda network=network, x=x: network(x).square().sum())
+        found.append(recorder.table("outputs"))
+    pd.testing.assert_frame_equal(*found)
+    assert (found[0]["output_grad_norm"] > 0).all()
+
+
+def test_kinds_shapes_and_stages() -> None:
+    """Stages are the sizes of feature maps in order of appearance."""
+    network = build_network("imagenet", depth=50, width=8)
+    recorder = record(network, lambda: network(torch.randn(2, 3, 32, 32)).sum())
+    modules = recorder.table("modules").set_index("layer")
+    assert modules.loc["conv1", ["kind", "shape", "stage"]].tolist() == ["conv", "8x3x7x7", 1]
+    assert modules.loc["bn1", ["kind", "shape", "stage"]].tolist() == ["norm", "8", 1]
+    assert modules.loc["fc", ["kind", "shape", "stage"]].tolist() == ["linear", "10x256", 6]
+    by_stage = modules[modules["kind"] == "conv"].groupby("stage").size().to_dict()
+    # Of each stage's first block, the first 1×1 convolution still has the previous size.
+    assert by_stage == {1: 1, 2: 3 * 3 + 2, 3: 4 * 3 + 1, 4: 6 * 3 + 1, 5: 3 * 3}
+    assert modules.loc["layer1.0.skip", "kind"] == "block"
+    assert modules["position"].is_monotonic_increasing
+
+
+def test_first_to_last() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Conv1d(2, 2, 1), nn.Tanh(), nn.Conv1d(2, 2, 1))
+    with Recorder(network) as recorder:
+        assert recorder.first_to_last() is None
+        network(torch.randn(4, 2, 3)).square().sum().backward()
+        recorder.step()
+        ratio = recorder.first_to_last()
+    found = column(recorder, "weights", "weight_grad_norm")
+    assert ratio == near(found["1"] / found["3"], rel=1e-6)
+    with Recorder(Shuffled(), ()) as recorder:
+        assert recorder.first_to_last() is None
+    network = Shuffled()
+    with Recorder(network) as recorder:
+        network(torch.randn(2, 3)).square().sum().backward()
+        recorder.step()
+        ratio = recorder.first_to_last()
+    found = column(recorder, "weights", "weight_grad_norm")
+    assert ratio == near(found["first"] / found["last"], rel=1e-6)

@@ -1,0 +1,429 @@
+"""The page: self-contained, escaped, equal to the store, and there whatever the store holds."""
+
+import base64
+import re
+import shlex
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import report_store
+
+from gradflow import captions, plots, report, store
+from gradflow.errors import GradflowError
+from gradflow.spec import RunSpec
+from gradflow.store import Run, load_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and collects attributes, tables and images."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.resources, self.links, self.images, self.ids = [], [], [], [], []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if "src" in values:
+            self.resources.append(values["src"])
+        if "href" in values:
+            self.links.append(values["href"])
+        if "id" in values:
+            self.ids.append(values["id"])
+        if tag == "img":
+            self.images.append(values)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A store with every kind of run, and its report."""
+    place = tmp_path_factory.mktemp("whole")
+    report_store.write_store(place / "runs")
+    path = report.write_report(load_runs(place / "runs"), place / "report")
+    text = path.read_text(encoding="utf-8")
+    return place, text, Page(text)
+
+
+def test_the_page_needs_nothing_but_itself(whole):
+    place, text, page = whole
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "<script" not in text
+    assert "url(" not in text
+    assert page.resources
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.resources)
+    for link in page.links:
+        assert link[1:] in page.ids if link.startswith("#") else (place / "report" / link).is_file()
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_every_figure_is_inline_described_and_a_file_in_three_formats(whole):
+    place, _, page = whole
+    names = {path.stem for path in (place / "report" / "figures").iterdir()}
+    assert len(page.images) == len(names)
+    assert {"degradation", "profile-first", "profile-last", "profile-norm-first", "heatmap",
+            "curves", "benefit", "blocks-residual-first"} <= names  # fmt: skip
+    inline = {base64.b64decode(source.partition(",")[2]) for source in page.resources}
+    for name in names:
+        files = [place / "report" / "figures" / f"{name}.{kind}" for kind in plots.FORMATS]
+        assert all(path.stat().st_size > 1000 for path in files)
+        assert files[0].read_bytes() in inline
+    assert all(len(image["alt"]) > 20 for image in page.images)
+
+
+def test_what_users_wrote_is_escaped(whole):
+    _, text, _ = whole
+    assert "mine &lt;b&gt;&amp;" in text
+    assert "mine <b>" not in text
+
+
+def test_the_question_comes_first(whole):
+    _, text, _ = whole
+    order = [text.index(f'<h2 id="{anchor}"') for anchor in (
+        "comparison", "initialisation", "later", "heatmaps", "curves", "benefit", "blocks", "runs",
+        "conditions", "problems")]  # fmt: skip
+    assert order == sorted(order)
+    assert text.index('id="figure-degradation"') < text.index('id="figure-profile-first"')
+
+
+def test_numbers_on_the_page_equal_the_store(whole):
+    place, text, page = whole
+    rows = {row[0]: row for row in page.rows if row}
+    for run in load_runs(place / "runs"):
+        row = rows[run.path.name]
+        metrics = run.metrics
+        expected = [
+            f"{metrics[name]:.3f}" if name in metrics else ""
+            for name in ("train_accuracy", "test_accuracy")
+        ]
+        assert row[-2:] == expected
+        count = run.record.get("certificate", {}).get("parameter_count")
+        assert row[3] == (f"{count:,}" if count else "")
+        assert row[6] == ("1.2%" if "recorder_share" in run.record else "")
+    assert ["56", "0.500 ± 0.248 (3 seeds)", "0.992 ± 0.015 (4 seeds)",
+            "+0.490 ± 0.237 (3 seeds)",
+            "3 of 4; not matched: batches differ (6 and 12 steps)"] in page.rows  # fmt: skip
+    assert "residual networks is lower than that of plain ones by 0.490 ± 0.237 (3 seeds)." in text
+    assert ["56", "plain", "1.210×", "exploding", "4 of 4", "2.95e4"] in page.rows
+
+
+def test_tables_are_files_with_the_values_of_the_store(whole):
+    place, _, _ = whole
+    folder = place / "report" / "tables"
+    runs = pd.read_csv(folder / "runs.csv")
+    assert len(runs) == 18
+    raw = (folder / "profiles.csv").read_text()
+    assert ",NaN," in raw
+    assert ",inf," in raw
+    profiles = pd.read_csv(folder / "profiles.csv")
+    run = next(r for r in load_runs(place / "runs") if r.path.name.startswith("cifar-56-none-s1"))
+    here = profiles[(profiles["run"] == run.path.name) & (profiles["step"] == 11)]
+    table = run.frame("weights")
+    table = table[table["step"] == 11].set_index("layer")["weight_grad_norm"]
+    assert len(here) == len(table) == 111
+    for layer, value in zip(here["layer"], here["weight_grad_norm"], strict=True):
+        assert value == pytest.approx(float(table[layer]), rel=1e-12)
+    for name in ("pairs", "degradation", "benefit", "comparison", "curves", "blocks", "rates"):
+        assert len(pd.read_csv(folder / f"{name}.csv")) > 0
+
+
+def test_captions_name_the_conditions_and_what_is_seen(whole):
+    _, text, _ = whole
+    captions_ = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.DOTALL)
+    first = next(c for c in captions_ if c.startswith("Final error against depth"))
+    for words in ("learning rate 0.02", "one-cycle schedule", "batch 64", "6 and 12 updates",
+                  "seeds 0, 1, 2, 3 and 4", "digits"):  # fmt: skip
+        assert words in first
+    assert any("5 values are exactly zero" in c for c in captions_)
+    assert any("56 are NaN or Inf" in c for c in captions_)
+    seen = "Norm at the first convolution over that at the last: depth 20 30.9 (plain), 7.85"
+    assert any(seen in c for c in captions_)
+    assert "network cifar, width 16, post-activation, norm batch" in text
+    assert "12 epochs" in text
+
+
+def test_problems_are_named_on_the_page(whole):
+    _, text, _ = whole
+    problems = text[text.index('<h2 id="problems"') :]
+    assert "cifar-20-none-s9-0000000000/run.json: unreadable" in problems
+    assert "unfinished: its process is gone" in problems
+    assert "diverged at step 5: output_rms not finite in conv1" in problems
+    assert "not matched: batches differ (6 and 12 steps)" in problems
+
+
+def test_the_environment_and_the_command_that_repeats_it(whole):
+    _, text, _ = whole
+    assert "python 3.11.7; torch 2.13.0; cpu, 1 thread(s); commit 0123456789" in text
+    assert "network=mlp norm=none activation=sigmoid init=xavier max_steps=0" in text
+
+
+# --- whatever there is ----------------------------------------------------------------------------
+
+
+def only(run_store, tmp_path):
+    """The report of a store, and its page."""
+    path = report.write_report(load_runs(run_store), tmp_path / "report")
+    return path, path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Figures are made, and not drawn."""
+
+    def save(figure, stem):
+        path = stem.with_name(f"{stem.name}.svg")
+        path.write_text("<svg/>")
+        return [path]
+
+    monkeypatch.setattr(plots, "save", save)
+
+
+def test_a_run_at_work_shows_what_it_has(tmp_path, fast):
+    spec = RunSpec(depth=8, skip="none")
+    writer = store.RunWriter(tmp_path / "runs" / spec.name, spec.to_dict())
+    modules = report_store.cifar_modules(8)
+    writer.write("modules", report_store.table_of("modules", modules))
+    columns = report_store.weight_columns(modules, range(3), 8, "none", 0)
+    writer.append("weights", store.schema.table("weights", columns))
+    _, text = only(tmp_path / "runs", tmp_path)
+    assert 'id="figure-profile-first"' in text
+    assert "running; not among the final errors" in text
+    assert "No run has a final training error yet." in text
+    writer.finish("done")
+
+
+def test_a_store_of_one_users_loop(tmp_path, fast):
+    report_store.write_external(tmp_path / "runs", "mine", {})
+    _, text = only(tmp_path / "runs", tmp_path)
+    assert 'id="figure-profile-last"' in text
+    assert "has no final training error" in text
+    assert "python -m gradflow" not in text
+
+
+def test_step_zero_alone(tmp_path, fast):
+    report_store.write_vanishing(tmp_path / "runs")
+    _, text = only(tmp_path / "runs", tmp_path)
+    assert 'id="figure-profile-first"' in text
+    assert 'id="later"' not in text
+    assert 'id="heatmaps"' not in text
+
+
+def test_a_damaged_table_costs_its_run_that_part_alone(tmp_path, fast):
+    path = report_store.write_run(tmp_path / "runs", depth=8, skip="none")
+    (path / "weights.parquet").write_bytes(b"PAR1 cut off")
+    _, text = only(tmp_path / "runs", tmp_path)
+    assert "weights unreadable" in text
+    assert 'id="figure-curves"' in text
+    assert 'id="figure-profile-first"' not in text
+
+
+def test_a_run_given_twice_counts_once(tmp_path):
+    report_store.write_run(tmp_path / "runs", depth=8, skip="none")
+    found = report.gather(load_runs(tmp_path / "runs", tmp_path / "runs"))
+    assert len(found.overview) == 1
+    assert any("passed over, the same run as" in line for line in found.problems)
+
+
+def test_an_older_report_is_replaced_and_nothing_else(tmp_path, fast):
+    report_store.write_run(tmp_path / "runs", depth=8, skip="none")
+    path, _ = only(tmp_path / "runs", tmp_path)
+    figures = path.parent / "figures"
+    (figures / "mine.svg").write_text("a user's own")
+    (path.parent / "notes.txt").write_text("kept")
+    assert (figures / "degradation.svg").exists()
+    record = Run(next((tmp_path / "runs").iterdir()))
+    (record.path / "run.json").write_text('{"origin": "gradflow", "status": "failed"}')
+    only(tmp_path / "runs", tmp_path)
+    assert not (figures / "degradation.svg").exists()  # the new report has none
+    assert (figures / "mine.svg").exists()
+    assert (path.parent / "notes.txt").exists()
+    assert not list(path.parent.glob(".new-*"))
+
+
+def test_a_report_that_fails_leaves_the_old_one(tmp_path, fast, monkeypatch):
+    report_store.write_run(tmp_path / "runs", depth=8, skip="none")
+    path, before = only(tmp_path / "runs", tmp_path)
+
+    def fail(*args, **options):
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(plots, "curves", fail)
+    with pytest.raises(RuntimeError):
+        report.write_report(load_runs(tmp_path / "runs"), tmp_path / "report")
+    assert path.read_text(encoding="utf-8") == before
+    assert not list(path.parent.glob(".new-*"))
+
+
+def test_many_groups_are_in_the_tables_and_few_are_drawn(tmp_path, fast, monkeypatch):
+    monkeypatch.setattr(report, "DRAWN_GROUPS", 1)
+    for rate in (0.01, 0.02, 0.05):
+        report_store.write_run(tmp_path / "runs", 0.1, depth=8, skip="none", lr=rate)
+    _, text = only(tmp_path / "runs", tmp_path)
+    assert "Of 3 groups of comparable runs the 1 largest are drawn" in text
+    assert text.count('id="figure-degradation') == 1
+    for rate in ("0.01", "0.02", "0.05"):
+        assert f"<h3>lr={rate}</h3>" in text
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def test_the_comparison_as_text(tmp_path):
+    report_store.write_pairs(tmp_path)
+    lines = report.comparison(load_runs(tmp_path)).splitlines()
+    cells = [re.split("  +", line) for line in lines]
+    assert cells[0] == ["depth", "plain", "residual", "difference", "matched"]
+    assert cells[2] == [
+        "20", *["1.000 (3 seeds agree)"] * 2, "+0.000 (3 seeds agree)", "3 of 3",
+    ]  # fmt: skip
+    assert cells[3] == [
+        "56", "0.500 ± 0.248 (3 seeds)", "0.990 ± 0.025 (3 seeds)", "+0.490 ± 0.237 (3 seeds)",
+        "3 of 3",
+    ]  # fmt: skip
+    assert lines[3].index("+0.490") == lines[0].index("difference")
+    assert lines[-1] == (
+        "training accuracy in evaluation mode; difference of paired seeds, 95 % t interval"
+    )
+
+
+def parse(line):
+    """The specs that a command of ours asks for, as Hydra reads it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    words = [w for w in shlex.split(line)[3:] if w != "-m"]
+    values = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(words)}
+    for part in {"network", "data", "record"} & values.keys():
+        values[f"{part}.name"] = values.pop(part)
+    lists = {k: v.list if hasattr(v, "list") else [v] for k, v in values.items()}
+    specs = [{}]
+    for key, options in lists.items():
+        specs = [s | {key: option} for s in specs for option in options]
+    return {RunSpec.from_dict(captions._nested(spec)).run_id for spec in specs}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [
+            {"depth": d, "skip": s, "seed": n}
+            for d in (20, 56)
+            for s in (True, False)
+            for n in (0, 1)
+        ],
+        [{"depth": 20, "skip": True, "seed": 3}, {"depth": 56, "skip": False, "seed": 0}],
+        [{"network": "mlp", "depth": 30, "skip": False, "norm": "none", "max_steps": 0}],
+        [{"depth": 20, "skip_forward": 0.5, "skip_backward": 1, "lr": 0.1, "optimizer": "adam"}],
+        [{"schedule": "step", "milestones": [5, 10], "record": {"every": {"outputs": 3}}}],
+        [{"data": {"name": "synthetic", "size": 16}, "record": "none", "skip": "rezero"}],
+        [{"network": {"target": "a.b", "args": {"depth": 4, "wide": True}}, "depth": 4}],
+    ],
+)
+def test_commands_repeat_exactly_the_runs(tmp_path, keys):
+    specs = [RunSpec(**key) for key in keys]
+    for spec in specs:
+        with store.RunWriter(tmp_path / spec.name, spec.to_dict()):
+            pass
+    lines = captions.commands(load_runs(tmp_path))
+    asked = [parse(line) for line in lines]
+    assert set().union(*asked) == {spec.run_id for spec in specs}
+    assert sum(map(len, asked)) == len(specs)
+
+
+def test_commands_are_short(tmp_path):
+    report_store.write_pairs(tmp_path)
+    (line,) = captions.commands(load_runs(tmp_path))
+    assert line == "python -m gradflow -m depth=20,56 skip=true,false seed=0,1,2"
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def test_the_command_line_writes_and_names_what_it_passed_over(tmp_path, capsys, fast):
+    report_store.write_run(tmp_path / "runs", 0.25, depth=8, skip="none")
+    report_store.write_corrupted(tmp_path / "runs")
+    out = tmp_path / "out"
+    assert report.main([str(tmp_path / "runs"), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == str(out / "index.html")
+    assert "0.750 (one seed)" in printed.out
+    assert printed.err.count("\n") == 1
+    assert "cifar-20-none-s9-0000000000/run.json: unreadable" in printed.err
+
+
+def test_the_report_as_text_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report_store.write_store(tmp_path / "runs")
+    assert report.main(["--text"]) == 0
+    text = capsys.readouterr().out
+    assert "0.500 ± 0.248 (3 seeds)" in text
+    assert "56     plain     1.210×                    exploding" in text
+    assert "cifar-20-none-s9-0000000000/run.json: unreadable" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "no such directory of runs"),
+        (lambda path: path.mkdir(), "no runs that can be read"),
+        (report_store.write_corrupted, "no runs that can be read; "),
+    ],
+)
+def test_nothing_to_report_is_one_line_and_exit_1(tmp_path, capsys, make, words):
+    make(tmp_path / "runs")
+    for options in (["--out", str(tmp_path / "out")], ["--text"]):
+        assert report.main([str(tmp_path / "runs"), *options]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert words in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    report_store.write_run(tmp_path / "runs", depth=8, skip="none")
+    (tmp_path / "file").write_text("")
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "file")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    with pytest.raises(GradflowError):
+        report.write_report(load_runs(tmp_path / "runs"), tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("module", ["analysis", "gradflow.report"])
+def test_both_commands_answer(module, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", module, str(tmp_path / "none")],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == f"gradflow: {tmp_path / 'none'}: no such directory of runs\n"
+
+
+def test_a_report_is_quick(tmp_path):
+    report_store.write_pairs(tmp_path / "runs")
+    began = time.process_time()
+    report.gather(load_runs(tmp_path / "runs"))
+    assert time.process_time() - began < 10

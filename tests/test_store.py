@@ -1,0 +1,488 @@
+"""Runs on disk: written so that a kill leaves them readable, locked, found again, read together."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gradflow import load_runs, schema, store
+from gradflow.errors import StoreError
+from gradflow.spec import RunSpec
+from gradflow.store import Run, RunWriter, decode, encode, find, mark_dead, prepare
+
+LAYERS = ["conv1", "bn1", "fc"]
+
+
+def weights(step: int, value: float = 1.0) -> pa.Table:
+    layer = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2], pa.int32()), LAYERS)
+    norms = np.float32([value, 2 * value, 3 * value])
+    return schema.table("weights", {"step": [step] * 3, "layer": layer, "weight_norm": norms})
+
+
+def modules() -> pa.Table:
+    columns: dict[str, Any] = {"layer": LAYERS, "position": [0, 1, 2], "stage": [1, 1, 2]}
+    return schema.table("modules", columns | {"kind": ["conv", "norm", "linear"]})
+
+
+def write(
+    path: Path, spec: dict[str, Any] | RunSpec, *, status: str = "done", **fields: Any
+) -> Run:
+    """A small run of two steps, of `spec`'s; external if that is a dict."""
+    origin, content = "external", spec
+    if isinstance(spec, RunSpec):
+        origin, content, path = "gradflow", spec.to_dict(), path / spec.name
+    writer = RunWriter(path, content, origin=origin)
+    writer.write("modules", modules())
+    for step in range(2):
+        writer.append("weights", weights(step))
+    writer.append("steps", schema.table("steps", {"step": [0, 1], "loss": [1.0, 0.5]}))
+    writer.finish(status, **fields)
+    return Run(writer.path)
+
+
+def names(path: Path) -> list[str]:
+    return sorted(found.name for found in path.iterdir())
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def test_numbers_that_are_not_finite_are_words_in_json() -> None:
+    value = {"a": [1, -2.5, math.inf], "b": {"c": -math.inf, "d": None}, "e": "text", "f": True}
+    plain = encode(value | {"g": (math.nan, 1)})
+    assert plain["a"] == [1, -2.5, "Infinity"]
+    assert plain["b"]["c"] == "-Infinity"
+    assert plain["g"] == ["NaN", 1]
+    back = decode(json.loads(json.dumps(plain, allow_nan=False)))
+    assert math.isnan(back.pop("g")[0])
+    assert back == value
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def test_parts_while_running_one_file_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunWriter(path, {"depth": 3}) as writer:
+        assert names(path) == ["run.json", "spec.json"]
+        for step in range(12):
+            writer.append("weights", weights(step))
+        writer.append("steps", weights(0).slice(0, 0))  # no rows, no file
+        assert names(path / "parts") == [f"weights-{count:06d}.parquet" for count in range(1, 13)]
+        running = Run(path)
+        assert (running.status, running.alive) == ("running", True)
+        assert running.frame("weights")["step"].tolist() == [s for s in range(12) for _ in LAYERS]
+        assert not list(path.rglob("*.tmp"))
+    assert names(path) == ["run.json", "spec.json", "weights.parquet"]
+    done = Run(path)
+    assert (done.status, done.alive) == ("done", False)
+    assert done.frame("weights").equals(running.frame("weights"))
+    assert done.table("steps") is None
+    assert done.frame("steps").empty
+    assert 0 <= done.record["seconds"] == done.record["ended"] - done.record["started"]
+    assert pq.read_metadata(path / "weights.parquet").num_rows == 36
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (None, "done", None),
+        (ValueError("no"), "failed", "ValueError: no"),
+        (KeyboardInterrupt(), "interrupted", None),
+        (SystemExit(0), "interrupted", None),
+    ],
+)
+def test_the_status_is_how_the_writer_was_left(
+    error: BaseException | None, status: str, said: str | None, tmp_path: Path
+) -> None:
+    def run() -> None:
+        with RunWriter(tmp_path, {}) as writer:
+            writer.append("weights", weights(0))
+            if error is not None:
+                raise error
+
+    if error is None:
+        run()
+    else:
+        with pytest.raises(type(error)):
+            run()
+    found = Run(tmp_path)
+    assert (found.status, found.record.get("error")) == (status, said)
+    assert len(found.frame("weights")) == 3
+
+
+def test_a_status_given_before_the_end_stays(tmp_path: Path) -> None:
+    def run() -> None:
+        with RunWriter(tmp_path, {}) as writer:
+            writer.finish("diverged", steps=7)
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        run()
+    assert Run(tmp_path).record["status"] == "diverged"
+    assert Run(tmp_path).record["steps"] == 7
+
+
+def test_a_kill_while_parts_are_merged_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever file it is killed before: some tables whole, some in parts, none twice."""
+    expected = {"weights": [0, 0, 0, 1, 1, 1], "steps": [0, 1]}
+    write_file = schema.write
+
+    def fill(path: Path) -> RunWriter:
+        writer = RunWriter(path, {})
+        for step in range(2):
+            writer.append("weights", weights(step))
+            writer.append("steps", schema.table("steps", {"step": [step], "loss": [1.0]}))
+        return writer
+
+    for survived in range(3):
+        writer = fill(tmp_path / str(survived))
+        left = iter(range(survived))
+
+        def limited(data: pa.Table, path: Path, left: Any = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            write_file(data, path)
+
+        monkeypatch.setattr(schema, "write", limited)
+        if survived < 2:
+            with pytest.raises(KeyboardInterrupt):
+                writer.finish("done")
+        else:
+            writer.finish("done")
+        monkeypatch.setattr(schema, "write", write_file)
+        found = Run(writer.path)
+        assert found.status == ("done" if survived == 2 else "running")
+        for name, steps in expected.items():
+            assert found.frame(name)["step"].tolist() == steps
+
+
+def test_a_table_merged_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RunWriter(tmp_path, {})
+    writer.append("weights", weights(0))
+    reader, read = Run(tmp_path), schema.read
+
+    def too_late(path: Path) -> pa.Table:
+        monkeypatch.setattr(schema, "read", read)
+        writer.finish("done")
+        return read(path)
+
+    monkeypatch.setattr(schema, "read", too_late)
+    assert len(reader.frame("weights")) == 3
+    assert Run(tmp_path).status == "done"
+
+
+# --- one process at a time ------------------------------------------------------------------------
+
+
+def test_two_writers_on_one_directory_refuse(tmp_path: Path) -> None:
+    first = RunWriter(tmp_path, {"depth": 1})
+    first.append("weights", weights(0))
+    with pytest.raises(StoreError, match="another process is computing this run"):
+        RunWriter(tmp_path, {"depth": 2})
+    assert Run(tmp_path).spec == {"depth": 1}
+    assert len(Run(tmp_path).frame("weights")) == 3
+    first.finish("done")
+    RunWriter(tmp_path, {"depth": 2}).finish("done")
+    assert Run(tmp_path).spec == {"depth": 2}
+
+
+def test_what_an_unfinished_attempt_left_is_removed(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path, {"depth": 1})
+    writer.append("weights", weights(0))
+    writer.write("modules", modules())
+    writer.finish("failed", error="KeyError")
+    (tmp_path / ".weights.parquet.123.tmp").touch()
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "steps-000001.parquet").touch()
+    (tmp_path / "wandb").mkdir()
+    RunWriter(tmp_path, {"depth": 1}).finish("done")
+    assert names(tmp_path) == ["run.json", "spec.json", "wandb"]
+    assert Run(tmp_path).record.get("error") is None
+
+
+def test_a_directory_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "mine.parquet").write_text("precious")
+    for _ in range(2):  # and is not left locked
+        with pytest.raises(StoreError, match=r"holds other files, and no run$"):
+            RunWriter(tmp_path, {})
+    assert names(tmp_path) == ["mine.parquet"]
+    (tmp_path / "mine.parquet").unlink()
+    (tmp_path / ".hidden").touch()
+    RunWriter(tmp_path, {}).finish("done")
+
+
+def test_a_writer_that_cannot_begin_leaves_no_lock(tmp_path: Path) -> None:
+    write(tmp_path, {})
+    (tmp_path / "weights.parquet").unlink()
+    (tmp_path / "weights.parquet").mkdir()
+    with pytest.raises(StoreError, match="cannot be written") as caught:
+        RunWriter(tmp_path, {})
+    assert "\n" not in str(caught.value)
+    (tmp_path / "weights.parquet").rmdir()
+    RunWriter(tmp_path, {}).finish("done")
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"file/run: cannot be written \(Not a directory\)"):
+        RunWriter(tmp_path / "file" / "run", {})
+    with pytest.raises(StoreError, match=r"^runs_dir=.*file: cannot be written"):
+        prepare(tmp_path / "file")
+    assert prepare(tmp_path / "new" / "runs").is_dir()
+    assert names(tmp_path / "new" / "runs") == []
+
+
+def test_only_the_dead_are_marked(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    mark_dead(path, "failed", "killed")  # never begun
+    assert not path.exists()
+    writer = RunWriter(path, {})
+    mark_dead(path, "failed", "killed")  # alive
+    assert Run(path).status == "running"
+    writer.append("weights", weights(0))
+    os.close(writer._lock)
+    mark_dead(path, "failed", "killed by signal 9")
+    assert Run(path).status == "failed"
+    assert Run(path).record["error"] == "killed by signal 9"
+    assert len(Run(path).frame("weights")) == 3
+    mark_dead(path, "interrupted", "again")  # has ended already
+    assert Run(path).status == "failed"
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", '{"status": "do'),
+        ("run.json", "[1, 2]"),
+        ("run.json", '{"status": "finished"}'),
+        ("run.json", "{}"),
+        ("spec.json", ""),
+        ("spec.json", b"\xff\xfe\x00"),
+        ("spec.json", None),
+        ("run.json", None),
+    ],
+)
+def test_a_damaged_run_is_a_problem_and_not_the_end(
+    name: str, content: str | bytes | None, tmp_path: Path
+) -> None:
+    write(tmp_path / "good", {"depth": 1})
+    write(tmp_path / "bad", {"depth": 2})
+    (tmp_path / "stray").mkdir()
+    (tmp_path / "note.txt").touch()
+    path = tmp_path / "bad" / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(StoreError, match=f"bad/{name}: (unreadable|missing)"):
+        Run(tmp_path / "bad")
+    runs = load_runs(tmp_path)
+    assert [run.path.name for run in runs] == ["good"]
+    assert [problem.split(":")[0] for problem in runs.problems] == [
+        str(path), str(tmp_path / "stray" / "run.json")
+    ]  # fmt: skip
+    assert not any("\n" in problem for problem in runs.problems)
+    assert runs.weights()["step"].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["weights", "modules"])
+@pytest.mark.parametrize("keep", [0, 100, -8])
+def test_a_truncated_file_is_a_problem_and_not_the_end(
+    name: str, keep: int, tmp_path: Path
+) -> None:
+    write(tmp_path / "good", {"depth": 1})
+    write(tmp_path / "bad", {"depth": 2})
+    path = tmp_path / "bad" / f"{name}.parquet"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(StoreError, match=f"bad: {name} unreadable"):
+        Run(tmp_path / "bad").frame(name)
+    runs = load_runs(tmp_path)
+    for _ in range(2):  # named once, however often it is asked for
+        assert runs.weights()["depth"].tolist() == [1] * 6
+        assert len(runs.problems) == 1
+        assert "bad" in runs.problems[0]
+        assert "\n" not in runs.problems[0]
+    assert len(runs.steps()) == 4
+
+
+def test_a_truncated_part_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", {})
+    writer.append("weights", weights(0))
+    writer.append("weights", weights(1))
+    path = tmp_path / "run" / "parts" / "weights-000002.parquet"
+    path.write_bytes(path.read_bytes()[:50])
+    runs = load_runs(tmp_path)
+    assert runs.weights().empty
+    assert len(runs.problems) == 1
+    writer.append("steps", schema.table("steps", {"step": [0], "loss": [1.0]}))
+    assert len(runs.steps()) == 1
+
+
+def test_a_table_of_somebody_else_is_a_problem(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", {})
+    pq.write_table(pa.table({"a": [1]}), run.path / "weights.parquet")
+    with pytest.raises(StoreError, match=r"weights unreadable \(has no layer, step\)"):
+        run.frame("weights")
+    assert load_runs(tmp_path).weights("weight_norm").empty
+
+
+def test_no_store_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"nowhere: no such directory of runs$"):
+        load_runs(tmp_path / "nowhere")
+    empty = load_runs(tmp_path)
+    assert len(empty) == 0
+    assert empty.problems == []
+    assert empty.runs.empty
+    assert empty.weights().empty
+    assert empty.meanings() == {}
+
+
+# --- reuse ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_of_the_same_spec_is_found(tmp_path: Path) -> None:
+    spec = RunSpec(depth=8)
+    assert find(tmp_path, spec) is None
+    for status in ("done", "diverged"):
+        write(tmp_path, spec, status=status)
+        found = find(tmp_path, spec)
+        assert found is not None
+        assert found.status == status
+        assert found.run_id == spec.run_id
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", "running"])
+def test_an_unfinished_run_is_not_reused(status: str, tmp_path: Path) -> None:
+    spec = RunSpec(depth=8)
+    write(tmp_path, spec, status=status)
+    assert find(tmp_path, spec) is None
+
+
+def test_a_run_that_is_not_what_its_name_says_is_not_reused(tmp_path: Path) -> None:
+    spec = RunSpec(depth=8, network="cifar", milestones=[3, 5], schedule="step")
+    run = write(tmp_path, spec)
+    assert find(tmp_path, spec) is not None  # also with a tuple in it
+    path = run.path / "spec.json"
+    for change in ({"lr": 0.5}, {"unknown": 1}):
+        path.write_text(json.dumps(json.loads(json.dumps(spec.to_dict())) | change))
+        assert find(tmp_path, spec) is None
+    path.write_text("{")
+    assert find(tmp_path, spec) is None
+    path.unlink()
+    assert find(tmp_path, spec) is None
+
+
+# --- many -----------------------------------------------------------------------------------------
+
+
+def fill(path: Path) -> store.Runs:
+    for depth, skip in ((8, False), (8, True), (14, True)):
+        metrics = {"train_loss": math.nan if skip else 0.5, "train_accuracy": 0.25}
+        write(
+            path, RunSpec(depth=depth, skip=skip), metrics=metrics,
+            certificate={"parameter_count": depth * 1000}, recorder_share=0.01,
+        )  # fmt: skip
+    write(path / "mine", {"depth": 3, "skip": "none", "optimizer": "lion", "status": "x"})
+    return load_runs(path)
+
+
+def test_one_row_a_run(tmp_path: Path) -> None:
+    runs = fill(tmp_path)
+    frame = runs.runs
+    assert len(frame) == len(runs) == 4
+    assert frame["origin"].tolist() == ["gradflow"] * 3 + ["external"]
+    assert frame["status"].tolist() == ["done"] * 4
+    assert frame["depth"].tolist() == [14, 8, 8, 3]
+    assert frame["network"].isna().tolist() == [False] * 3 + [True]
+    assert frame["optimizer"].tolist() == ["sgd"] * 3 + ["lion"]
+    assert frame["data_seed"].isna().all()
+    assert frame["parameter_count"].isna().tolist() == [False] * 3 + [True]
+    assert frame["run_id"].is_unique
+    assert frame["run_id"].tolist()[1] == RunSpec(depth=8, skip=True).run_id
+    loss = frame["train_loss"]  # NaN was measured; the last was not
+    assert loss.isna().tolist() == [False, False, False, True]
+    assert [math.isnan(value) for value in loss.tolist()[:3]] == [True, True, False]
+    types = {name: str(frame[name].dtype) for name in ("depth", "skip", "lr", "run", "seconds")}
+    assert types == {
+        "depth": "int64[pyarrow]", "skip": "string[pyarrow]", "lr": "double[pyarrow]",
+        "run": "string[pyarrow]", "seconds": "double[pyarrow]",
+    }  # fmt: skip
+    assert {
+        "run_id", "run", "path", "origin", "status", "network", "depth", "skip", "seed", "data",
+        "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "parameter_count",
+        "steps", "seconds", "recorder_share", "error", "record_every_weights",
+    } <= set(frame.columns)  # fmt: skip
+
+
+def test_a_table_over_all_runs(tmp_path: Path) -> None:
+    runs = fill(tmp_path)
+    frame = runs.weights()
+    assert len(frame) == 4 * 6
+    assert frame.columns[0] == "run_id"
+    core = ["network", "depth", "skip", "seed", "data", "lr"]
+    assert {*core, "optimizer"} <= set(frame.columns)  # and that in which they differ
+    assert not {"norm", "momentum", "batch_size"} & set(frame.columns)
+    assert frame["layer"].tolist() == LAYERS * 8
+    assert frame["position"].tolist() == [0, 1, 2] * 8
+    assert frame["kind"].tolist() == ["conv", "norm", "linear"] * 8
+    assert frame["weight_norm"].tolist() == [1, 2, 3] * 8
+    assert frame["depth"].tolist() == [14] * 6 + [8] * 12 + [3] * 6
+    for run in runs:
+        own = frame[frame["run_id"] == run.run_id]
+        assert own["weight_norm"].tolist() == run.frame("weights")["weight_norm"].tolist()
+    chosen = runs.weights(fields=["depth"]).columns.tolist()
+    assert chosen == [
+        "run_id", "depth", "step", "layer", "weight_norm", "position", "stage", "kind"
+    ]  # fmt: skip
+    assert runs.modules(fields=())["layer"].tolist() == LAYERS * 4
+    assert runs.steps("loss", fields=())["loss"].tolist() == [1.0, 0.5] * 4
+    assert runs.outputs().empty
+    assert runs.weights("no_such_quantity").empty
+
+
+def test_a_quantity_alone_comes_without_its_nulls(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", {})
+    values = np.ma.masked_array([1.0, math.nan, 3.0], [False, False, True])
+    writer.append("steps", schema.table("steps", {"step": [0, 1, 2], "loss": values}))
+    writer.append("steps", schema.table("steps", {"step": [3], "lr": [0.1]}))
+    runs = load_runs(tmp_path)
+    alone = runs.steps("loss")
+    assert alone["step"].tolist() == [0, 1]
+    assert "lr" not in runs.steps("loss", fields=())
+    assert alone["loss"].tolist()[0] == 1
+    assert math.isnan(alone["loss"].tolist()[1])
+    assert runs.steps()["loss"].isna().tolist() == [False, False, True, True]
+
+
+def test_users_may_call_things_as_they_like(tmp_path: Path) -> None:
+    """Words and numbers in one column, lists, and what one has and another lacks."""
+    write(tmp_path / "a", {"depth": 56, "seed": 0, "widths": [1, 2], "lr": 1})
+    write(tmp_path / "b", {"depth": "deep", "seed": None, "lr": 0.5, "nested": {"x": {"y": 2}}})
+    runs = load_runs(tmp_path)
+    for frame in (runs.runs, runs.weights().drop_duplicates("run_id")):
+        assert frame["depth"].tolist() == ["56", "deep"]
+        assert frame["lr"].tolist() == [1.0, 0.5]
+        assert frame["seed"].isna().tolist() == [False, True]
+    assert runs.runs["widths"].tolist()[0] == "[1, 2]"
+    assert runs.runs["nested_x_y"].tolist()[1] == 2
+
+
+def test_stores_are_read_together_and_a_run_alone(tmp_path: Path) -> None:
+    write(tmp_path / "one" / "a", {})
+    write(tmp_path / "two" / "b", {})
+    (tmp_path / "two" / ".trash").mkdir()
+    both = load_runs(tmp_path / "one", str(tmp_path / "two"))
+    assert [run.path.name for run in both] == ["a", "b"]
+    assert both.problems == []
+    assert [run.path.name for run in load_runs(tmp_path / "one" / "a")] == ["a"]

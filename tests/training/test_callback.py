@@ -1,0 +1,394 @@
+"""`GradientFlow` in a Trainer, against a `Recorder` in a bare loop."""
+
+import copy
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradflow import GradientFlow, Recorder, Skip, load_runs
+from gradflow.data import Batches, Split
+from gradflow.recording import Divergence
+from gradflow.spec import RunSpec
+from gradflow.training.module import Classifier
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+
+EVERY = lambda step: True  # noqa: E731
+NEVER = dict.fromkeys(("weights", "outputs", "blocks"), lambda step: False)
+TABLES = ("modules", "weights", "outputs", "blocks", "steps")
+STEPS = 6
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.skip = nn.Linear(4, 4), nn.BatchNorm1d(4), Skip()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x, self.norm(self.linear(x)))
+
+
+def make_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), Residual(), nn.Linear(4, 1))
+
+
+def batches() -> Tensor:
+    return torch.randn(STEPS, 8, 4, generator=torch.Generator().manual_seed(1))
+
+
+def sgd(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=0.1)
+
+
+def adam(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, 0.01, weight_decay=0.1)
+
+
+class Module(pl.LightningModule):
+    """Somebody's: `disturb` may change a batch's loss, or raise."""
+
+    def __init__(
+        self,
+        optimizer: Callable[..., torch.optim.Optimizer] = sgd,
+        disturb: Callable[[int, Tensor], Tensor] = lambda batch, loss: loss,
+    ) -> None:
+        super().__init__()
+        self.network, self.optimizer, self.disturb = make_network(), optimizer, disturb
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.disturb(batch_idx, self.network(batch[0]).square().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.network.parameters())
+
+
+def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+             "enable_model_summary": False, "accelerator": "cpu"}  # fmt: skip
+    return pl.Trainer(callbacks=list(callbacks), **quiet | {"max_epochs": 1} | options)
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(batches().flatten(0, 1)), batch_size=8)
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """Lightning leaves it switched off."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def fit(module: Module, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    made = trainer(*callbacks, **options)
+    made.fit(module, loader())
+    return made
+
+
+def by_hand(accumulate: int = 1, clip: float | None = None, **options: Any) -> Recorder:
+    """The same training as a bare loop."""
+    network = make_network()
+    optimizer = sgd(network.parameters())
+    with Recorder(network, optimizer=optimizer, **options) as recorder:
+        for group in batches().split(accumulate):
+            optimizer.zero_grad()
+            losses = []
+            for batch in group:
+                losses.append(network(batch).square().mean() / accumulate)
+                losses[-1].backward()
+            recorder.step(sum(loss.detach() for loss in losses))
+            if clip is not None:
+                nn.utils.clip_grad_norm_(network.parameters(), clip)
+            optimizer.step()
+    return recorder
+
+
+def assert_equal(one: Recorder, other: Recorder) -> None:
+    for table in TABLES:
+        frames = one.table(table), other.table(table)
+        assert len(frames[0])
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+
+
+# --- the same record ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_it_records_what_a_bare_loop_records(accumulate: int, clip: float | None) -> None:
+    """Complete under accumulation, the loss its mean, gradients not yet clipped."""
+    module = Module()
+    flow = GradientFlow("all", EVERY, model=module.network)
+    fit(module, flow, accumulate_grad_batches=accumulate, gradient_clip_val=clip)
+    expected = by_hand(accumulate, clip, quantities="all", schedule=EVERY)
+    assert_equal(flow.recorder, expected)
+    steps = flow.recorder.table("steps")
+    assert steps["step"].tolist() == list(range(STEPS // accumulate))
+    assert (steps["grad_norm"] > 1e-2).all()
+    if clip is not None:
+        updates = flow.recorder.table("weights").query("step == 0")
+        decay = 0.1 * 0.1 * updates["weight_norm"]
+        assert (updates["update_norm"] <= 0.1 * clip + decay + 1e-6).all()
+
+
+def test_by_default_it_watches_the_whole_module() -> None:
+    flow = GradientFlow()
+    fit(Module(), flow)
+    watched = flow.recorder.table("weights")
+    pd.testing.assert_series_equal(
+        watched["weight_grad_norm"], by_hand().table("weights")["weight_grad_norm"]
+    )
+    assert watched["layer"].tolist()[:4] == [
+        "network.0", "network.1.linear", "network.1.norm", "network.2"
+    ]  # fmt: skip
+
+
+def test_recording_leaves_parameters_bitwise_alone() -> None:
+    states = []
+    for callbacks in ((), (GradientFlow("all", EVERY),)):
+        module = Module()
+        fit(module, *callbacks)
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_validation_in_between_leaves_no_trace() -> None:
+    class Validated(Module):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.network(100 * batch[0])
+
+    module, flow = Validated(), GradientFlow(schedule=EVERY)
+    trainer(flow, val_check_interval=2).fit(module, loader(), loader())
+    plain = GradientFlow(schedule=EVERY)
+    fit(Module(), plain)
+    assert_equal(flow.recorder, plain.recorder)
+
+
+def test_more_values_a_step() -> None:
+    count = iter(range(100))
+    flow = GradientFlow((), values=lambda: {"accuracy": torch.tensor(next(count) / 10)})
+    fit(Module(), flow, max_steps=3)
+    assert flow.recorder.table("steps")["accuracy"].tolist() == pytest.approx([0, 0.1, 0.2])
+    assert flow.recorder.table("steps")["lr"].tolist() == [0.1] * 3
+
+
+def test_bf16_is_read_in_its_own_precision() -> None:
+    flow = GradientFlow(schedule=EVERY)
+    fit(Module(), flow, precision="bf16-mixed")
+    first = flow.recorder.table("steps").iloc[0]
+    expected = by_hand().table("steps").iloc[0]
+    assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-2)
+    assert first["grad_norm"] != expected["grad_norm"]
+
+
+def test_losses_are_unscaled() -> None:
+    """fp16 asks for a GPU: the hooks alone, with a GradScaler on the CPU."""
+    network = make_network()
+    optimizer, scaler = sgd(network.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    stub: Any = SimpleNamespace(
+        precision_plugin=SimpleNamespace(scaler=scaler), optimizers=[optimizer], should_stop=False
+    )
+    flow, module = GradientFlow(), Module()
+    flow.on_train_start(stub, module)
+    for part in (0.5, 1.5):
+        flow.on_before_backward(stub, module, scaler.scale(torch.tensor(part)))
+    flow.on_before_optimizer_step(stub, module, optimizer)
+    assert flow.recorder.table("steps")["loss"].tolist() == [2.0]
+
+
+# --- divergence -----------------------------------------------------------------------------------
+
+
+def broken(*at: int) -> Callable[[int, Tensor], Tensor]:
+    return lambda batch, loss: loss * math.nan if batch in at else loss
+
+
+def state(module: Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_no_parameter_is_changed_by_a_diverged_step(
+    optimizer: Callable[..., torch.optim.Optimizer], clip: float | None
+) -> None:
+    """Neither by momentum, nor by weight decay; and the fit ends there."""
+    module, flow = Module(optimizer, broken(3)), GradientFlow(schedule=EVERY)
+    done = fit(module, flow, gradient_clip_val=clip)
+    assert flow.recorder.divergence == Divergence(3, "network.2", "weight_grad_norm")
+    assert flow.recorder.table("steps")["step"].tolist() == [0, 1, 2, 3]
+    assert done.global_step == 4
+    shorter = Module(optimizer)
+    fit(shorter, max_steps=3, gradient_clip_val=clip)
+    assert all(map(torch.equal, state(module).values(), state(shorter).values()))
+    longer = Module(optimizer)
+    fit(longer, max_steps=4, gradient_clip_val=clip)
+    assert not all(map(torch.equal, state(module).values(), state(longer).values()))
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+def test_it_may_go_on(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    """As a loop that leaves out the updates that are not finite."""
+    module = Module(optimizer, broken(1, 3))
+    flow = GradientFlow(schedule=EVERY, on_divergence="continue")
+    done = fit(module, flow)
+    assert flow.recorder.divergence is not None
+    assert flow.recorder.divergence.step == 1
+    assert done.global_step == STEPS
+    finite = [math.isfinite(value) for value in flow.recorder.table("steps")["grad_norm"]]
+    assert finite == [True, False, True, False, True, True]
+    network = make_network()
+    bare = optimizer(network.parameters())
+    for index, batch in enumerate(batches()):
+        bare.zero_grad()
+        network(batch).square().mean().backward()
+        if index not in (1, 3):
+            bare.step()
+    assert all(map(torch.equal, module.network.parameters(), network.parameters()))
+
+
+class Overflow(nn.Module):
+    """Adds infinity from a call on."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.call -= self.training
+        return x + (math.inf if self.call < 0 else 0)
+
+
+def test_the_forward_pass_is_repeated_to_find_the_module() -> None:
+    module = Module()
+    module.network.insert(1, Overflow(3))
+    calls: list[None] = []
+
+    def repeat() -> None:
+        calls.append(module.network(torch.ones(8, 4)))
+
+    flow = GradientFlow(schedule=NEVER, model=module.network, repeat_forward=repeat)
+    fit(module, flow)
+    assert flow.recorder.divergence == Divergence(3, "2.linear", "output_rms")
+    assert len(calls) == 1
+    module = Module()
+    module.network.insert(1, Overflow(3))
+    flow = GradientFlow(schedule=EVERY, model=module.network, repeat_forward=repeat)
+    fit(module, flow)
+    assert flow.recorder.divergence == Divergence(3, "2.linear", "output_rms")
+    assert len(calls) == 1  # outputs were measured: no need to
+
+
+def test_a_gradient_that_breaks_alone_keeps_its_module() -> None:
+    """The repeated forward pass is finite: what the backward pass said stands."""
+    module = Module(disturb=broken(2))
+    flow = GradientFlow(
+        schedule=NEVER | {"weights": EVERY},
+        model=module.network,
+        repeat_forward=lambda: module.network(torch.ones(8, 4)),
+    )
+    fit(module, flow)
+    assert flow.recorder.divergence == Divergence(2, "2", "weight_grad_norm")
+
+
+def test_repeating_the_forward_pass_leaves_batch_statistics_alone() -> None:
+    spec = RunSpec(depth=8, width=4, batch_size=8, max_steps=1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    module = Classifier(network, spec, 1)
+    data = Batches(Split(torch.randn(8, 1, 4, 4), torch.arange(8) % 4), batch_size=8)
+    seen: list[Tensor] = []
+    network.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+
+    class Repeat(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            before = copy.deepcopy(network.state_dict())
+            module.repeat_forward()
+            assert all(torch.equal(before[n], value) for n, value in network.state_dict().items())
+            assert before["2.num_batches_tracked"] == 1
+
+    trainer(Repeat(), max_steps=1).fit(module, data)
+    assert len(seen) == 2
+    assert torch.equal(*seen)  # and draws the same random numbers
+
+
+# --- how it ends ----------------------------------------------------------------------------------
+
+
+def raising(error: BaseException) -> Callable[[int, Tensor], Tensor]:
+    def disturb(batch: int, loss: Tensor) -> Tensor:
+        if batch == 3:
+            raise error
+        return loss
+
+    return disturb
+
+
+@pytest.mark.parametrize(
+    ("disturb", "raised", "status"),
+    [
+        (broken(), None, "done"),
+        (broken(3), None, "diverged"),
+        (raising(ValueError("no")), ValueError, "failed"),
+        (raising(KeyboardInterrupt()), SystemExit, "interrupted"),
+    ],
+)
+def test_a_saved_fit_is_a_run(
+    disturb: Callable[[int, Tensor], Tensor],
+    raised: type[BaseException] | None,
+    status: str,
+    tmp_path: Path,
+) -> None:
+    flow = GradientFlow(save=tmp_path / "mine", meta={"depth": 3})
+    module = Module(disturb=disturb)
+    if raised is None:
+        fit(module, flow)
+    else:
+        with pytest.raises(raised):
+            fit(module, flow)
+    (run,) = load_runs(tmp_path)
+    assert run.status == status
+    assert not run.alive
+    count = {"done": STEPS, "diverged": 4}.get(status, 3)
+    assert run.frame("steps")["step"].tolist() == list(range(count))
+    assert run.record["steps"] == count
+    assert not any(each._forward_hooks for each in module.modules())
+
+
+def test_a_callback_serves_one_fit_after_another() -> None:
+    """What a fit that broke off had summed up of its loss is not the next one's."""
+    flow = GradientFlow(schedule=EVERY)
+    with pytest.raises(ValueError):
+        fit(Module(disturb=raising(ValueError())), flow, accumulate_grad_batches=2)
+    first = flow.recorder
+    assert first.table("steps")["step"].tolist() == [0]
+    module = Module()
+    fit(module, flow, accumulate_grad_batches=2)
+    assert flow.recorder is not first
+    expected = GradientFlow(schedule=EVERY)
+    fit(Module(), expected, accumulate_grad_batches=2)
+    assert_equal(flow.recorder, expected.recorder)
+
+
+def test_a_module_without_an_optimizer() -> None:
+    class Bare(Module):
+        def configure_optimizers(self) -> None:  # type: ignore[override]
+            return None
+
+    flow = GradientFlow()
+    with pytest.warns(UserWarning, match="configure_optimizers"):
+        fit(Bare(), flow)
+    assert flow.recorder.table("steps")["step"].tolist() == list(range(STEPS))
+    assert "lr" not in flow.recorder.table("steps")
