@@ -251,18 +251,18 @@ _PAGE = Template("""<!doctype html>
 <title>gradflow report: $title</title>
 <style>
 :root { color-scheme: light; }
-body { margin: 0 auto; max-width: 50rem; padding: 1rem; background: #fff; color: #1a1a1a;
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: #fff; color: #1a1a1a;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid #ddd; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; overflow-wrap: anywhere; }
-p, li { max-width: 46rem; }
+p, li { max-width: 50rem; }
 nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 a { color: #00517f; }
 figure { margin: 1rem 0 1.5rem; }
-figcaption { max-width: 46rem; font-size: .9rem; color: #444; }
+figcaption { max-width: 50rem; font-size: .9rem; color: #444; }
 .wide { overflow-x: auto; }
-.wide img { display: block; width: 100%; min-width: 34rem; max-width: 46rem; height: auto; }
+.wide img { display: block; width: 100%; min-width: 34rem; max-width: 52rem; height: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; }
 thead th { border-bottom: 1px solid #888; white-space: nowrap; }

@@ -112,7 +112,7 @@ class RunWriter:
         self.record: dict[str, Any] = {"origin": origin, "status": "running"}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
+            self._lock = _lock(self.path, patience=0.5)
             try:
                 self._clear()
                 _write_json(self.path / "spec.json", spec)
@@ -179,14 +179,19 @@ class RunWriter:
         os.close(self._lock)
 
 
-def _lock(path: Path) -> int:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise StoreError(f"{path}: another process is computing this run") from None
-    return handle
+def _lock(path: Path, patience: float = 0.0) -> int:
+    """Lock a run's directory. A look whether it is alive holds it for a moment: have patience."""
+    handle, until = os.open(path, os.O_RDONLY), time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() < until:
+                time.sleep(0.05)
+                continue
+            os.close(handle)
+            raise StoreError(f"{path}: another process is computing this run") from None
 
 
 def _read_parts(directory: Path, name: str) -> pa.Table | None:
@@ -352,8 +357,13 @@ class Runs:
         rows = []
         for run in self.members:
             record = run.record
-            identity = {"run_id": run.run_id, "run": run.path.name, "path": str(run.path)}
-            identity |= {"origin": record.get("origin"), "status": run.status}
+            identity = {
+                "run_id": run.run_id,
+                "run": run.path.name,
+                "path": str(run.path),
+                "origin": record.get("origin"),
+                "status": run.status,
+            }
             rows.append(
                 identity
                 | self._columns[run.path]
