@@ -24,7 +24,7 @@ def test_the_python_examples_run_in_order(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"), zip(THREE, ("vanishing", "exploding", "healthy"), strict=True)
+    ("line", "words"), list(zip(THREE, ("vanishing", "exploding", "healthy"), strict=True))
 )
 def test_three_gradients(tmp_path, monkeypatch, capsys, line, words):
     monkeypatch.chdir(tmp_path)
