@@ -1,9 +1,11 @@
 """The recorder in somebody's loop: updates, schedules, evaluations, exceptions, copies."""
 
 import copy
+import io
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -274,22 +276,34 @@ def test_two_recorders_at_once_see_the_same() -> None:
     assert "terms" not in vars(network[1].skip)
 
 
-def test_a_copy_of_a_watched_model_is_not_recorded() -> None:
-    """Such as a running average of the weights."""
+def copies(network: nn.Module) -> Iterator[nn.Module]:
+    """As for a running average of the weights, and as in a checkpoint of the whole model."""
+    yield copy.deepcopy(network)
+    stored = io.BytesIO()
+    torch.save(network, stored)
+    stored.seek(0)
+    yield torch.load(stored, weights_only=False)
+
+
+def test_copies_of_a_watched_model_are_not_recorded() -> None:
     network = nn.Sequential(nn.Linear(4, 4), Block(Skip("rezero"), torch.float32))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    optimizer.held = threading.Lock()  # type: ignore[attr-defined]  # cannot be copied
     x = torch.randn(3, 4)
-    with Recorder(network, schedule=ALWAYS) as recorder:
+    with Recorder(network, "all", ALWAYS, optimizer) as recorder:
         loop(recorder, 1)
         network[1].seen.clear()
-        copied = copy.deepcopy(network)
-        nn.init.ones_(copied[1].skip.beta)
-        copied(x).sum().backward()
+        for copied in copies(network):
+            nn.init.ones_(copied[1].skip.beta)
+            y = copied(x)
+            y.sum().backward()
+            inner = copied[0](x)
+            torch.testing.assert_close(y, inner + copied[1].inner(torch.tanh(inner)))
         loop(recorder, 1)
-        inner = copied[0](x)
-        torch.testing.assert_close(copied(x), inner + copied[1].inner(torch.tanh(inner)))
     assert recorder.table("modules")["calls"].tolist() == [1, 1, 1]
     assert len(recorder.table("outputs")) == 2 * 3  # the block's factor is a parameter too
     assert len(recorder.table("blocks")) == 2
+    assert network[1].skip.beta.item() == 0
 
 
 def test_values_of_a_step() -> None:

@@ -177,12 +177,14 @@ class Recorder:
     """Records gradient flow through `model`; a context manager for any loop.
 
     Call `step` once an update, after `backward` (and after unscaling and reducing, before
-    clipping) and before `optimizer.step()`.
+    clipping) and before `optimizer.step()`. Of an update under way when the block ends nothing
+    is recorded.
 
     Args:
-        model: any module. Recorded are all modules with parameters of their own, and as blocks
-            those that declare `terms(x, branch) -> (skip term or None, branch term)`, as
-            `gradflow.Skip` does; a parameter shared by modules counts for the first.
+        model: any module. Recorded are all modules with floating-point parameters of their own,
+            and as blocks those whose class declares `terms(x, branch) -> (skip term or None,
+            branch term)`, as `gradflow.Skip` does: the two are added up, not changed in place. A
+            parameter shared by modules counts for the first.
         quantities: `default`, `all`, or names (see `gradflow.recording.quantities`).
         schedule: `step -> bool`, for all tables or by table; by default weights every step,
             outputs and blocks every tenth and the first five.
@@ -259,7 +261,7 @@ class Recorder:
         self._modules: list[_Module] = []  # owners first, then blocks
         self._owners: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
-        self._owner_of: list[int] = []
+        self._own: list[list[int]] = []  # places of each owner's among the parameters
         blocks: list[tuple[str, nn.Module]] = []
         for name, module in self.model.named_modules():
             if _is_block(module):
@@ -269,8 +271,8 @@ class Recorder:
             if not own:
                 continue
             seen |= {id(parameter) for parameter in own}
+            self._own.append([len(self._parameters) + i for i in range(len(own))])
             self._parameters += own
-            self._owner_of += [len(self._owners)] * len(own)
             self._owners.append(module)
             weight = max(own, key=lambda parameter: (parameter.dim(), parameter.numel()))
             row = _Module(
@@ -284,13 +286,9 @@ class Recorder:
         # A block with a parameter of its own stands among the owners too, under one name.
         self._block_names = [name or type(module).__name__ for name, module in blocks]
         self._modules += [_Module(name, "block", "", 0) for name in self._block_names]
-        pad = max((self._owner_of.count(i) for i in set(self._owner_of)), default=1)
-        self._gather = torch.full((len(self._owners), pad), len(self._parameters))
-        filled = [0] * len(self._owners)
-        for index, owner in enumerate(self._owner_of):
-            self._gather[owner, filled[owner]] = index
-            filled[owner] += 1
-        self._gather = self._gather.to(self._device)
+        width = max(map(len, self._own), default=0)
+        padded = [own + [len(self._parameters)] * (width - len(own)) for own in self._own]
+        self._gather = torch.tensor(padded, dtype=torch.int64, device=self._device)
 
     def __enter__(self) -> Self:
         if self._undo or (self._writer is not None and self._save is not self._writer):
@@ -301,8 +299,8 @@ class Recorder:
             self._writer = self._save
         self._started = self._flushed = time.monotonic()
         for index, module in enumerate(self._owners):
-            handle = module.register_forward_hook(partial(self._on_output, index))
-            self._undo.append(handle.remove)
+            watch = _Watch(partial(self._on_output, index), _ignore)
+            self._undo.append(module.register_forward_hook(watch).remove)
         for index, block in enumerate(self._blocks):
             self._undo.append(_wrap_terms(block, partial(self._on_terms, index)))
         if self.optimizer is not None and self._wants("weights", "update_norm"):
@@ -400,6 +398,7 @@ class Recorder:
             if self._joining and row.kind != "block":
                 row.kind = "other"  # a gate of the skip, no layer of the branch
             if row.kind in ("conv", "linear") and outputs:
+                # A stage is a size of feature maps, or a width; the first to appear is stage 1.
                 shape = outputs[0].shape
                 signature = (row.kind, *(shape[2:] if row.kind == "conv" else shape[-1:]))
                 self._stage = self._stages.setdefault(signature, len(self._stages) + 1)
@@ -474,10 +473,8 @@ class Recorder:
         """Combine norms by parameter into norms by module; `present` says which were measured."""
         padded = torch.cat([values, values.new_zeros(1)])
         by_module = torch.linalg.vector_norm(padded[self._gather], dim=1)
-        measured = np.full(len(self._owners), present is None)
-        for owner, has in zip(self._owner_of, present or (), strict=False):
-            measured[owner] |= has
-        self._buffers["weights"].fill(name, by_module, measured)
+        measured = [present is None or any(present[i] for i in own) for own in self._own]
+        self._buffers["weights"].fill(name, by_module, np.array(measured))
 
     def evaluate(self, split: str, **metrics: Tensor | float) -> None:
         """Record metrics (`loss`, `accuracy`, …) of a split at the present parameters."""
@@ -787,13 +784,36 @@ def _columns(rows: list[dict[str, Any]], key: str, dtype: Any) -> dict[str, Any]
 def _is_block(module: nn.Module) -> bool:
     """Whether its class declares `terms(x, branch)`."""
     terms = getattr(type(module), "terms", None)
-    return callable(terms) and list(inspect.signature(terms).parameters)[1:] == ["x", "branch"]
+    names = list(inspect.signature(terms).parameters) if inspect.isfunction(terms) else []
+    return names[1:] == ["x", "branch"]
+
+
+class _Watch:
+    """Calls the recorder; in a copy or a pickle of the model, what stood there without it."""
+
+    def __init__(self, call: Callable[..., Any], instead: Callable[..., Any]):
+        self._call, self._instead = call, instead
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._instead,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _ignore(*_: Any) -> None:
+    """A hook that does nothing."""
 
 
 def _wrap_terms(block: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
     """Let `block.terms` go through `around(original, x, branch)`; returns the undoing."""
-    original, nested = block.terms, "terms" in vars(block)  # by another recorder
-    block.terms = partial(around, original)  # type: ignore[assignment]
+    original: Any = block.terms
+    nested = "terms" in vars(block)  # by another recorder
+    block.terms = _Watch(partial(around, original), original)  # type: ignore[assignment]
     return lambda: setattr(block, "terms", original) if nested else delattr(block, "terms")
 
 
