@@ -1,5 +1,7 @@
 """What feeds a run: splits, batches in an order of (seed, epoch) alone, synthetic images."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -55,24 +57,30 @@ def test_synthetic_is_too_hard_for_a_linear_model():
     assert linear.score(images, labels) < 0.6
 
 
-def test_batches_depend_on_seed_and_epoch_alone():
-    def epochs(seed: int, count: int) -> list[list[int]]:
-        batches = Batches(small_split(), batch_size=8, seed=seed)
-        return [[int(i) for _, _, indices in batches for i in indices] for _ in range(count)]
+def order(seed: int, epoch: int, skipped: int = 0) -> list[int]:
+    batches = Batches(small_split(), batch_size=8, seed=seed)
+    return [int(i) for _, _, indices in batches.epoch(epoch, skipped) for i in indices]
 
-    first, second, third = epochs(0, 3)
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    first, second, third = (order(0, epoch) for epoch in range(3))
     assert first != second != third
-    assert epochs(0, 2) == [first, second]
-    assert epochs(1, 1) != [first]
-    later = Batches(small_split(), batch_size=8, seed=0)
-    later.epoch = 2
-    assert [int(i) for _, _, indices in later for i in indices] == third
+    assert order(0, 1) == second
+    assert order(1, 0) != first
     assert len(set(first)) == len(first) == 48
+
+
+def test_the_stream_goes_from_epoch_to_epoch_and_starts_anywhere():
+    whole = order(0, 0) + order(0, 1) + order(0, 2)
+    for start in (0, 1, 5, 6, 7, 13):
+        batches = Batches(small_split(), batch_size=8, start=start)
+        got = [int(i) for _, _, indices in islice(batches, 18 - start) for i in indices]
+        assert got == whole[8 * start :]
 
 
 def test_batches_hold_the_images_of_their_indices():
     split = small_split()
-    for images, labels, indices in Batches(split, batch_size=16):
+    for images, labels, indices in Batches(split, batch_size=16).epoch(0):
         assert labels.tolist() == indices.tolist()
         assert images.flatten().tolist() == indices.tolist()
 
@@ -80,7 +88,7 @@ def test_batches_hold_the_images_of_their_indices():
 @pytest.mark.parametrize(("accumulate", "count"), [(1, 6), (2, 6), (4, 4), (5, 5)])
 def test_an_epoch_has_a_whole_number_of_updates(accumulate, count):
     batches = Batches(small_split(), batch_size=8, accumulate=accumulate)
-    assert len(batches) == len(list(batches)) == count
+    assert batches.per_epoch == len(list(batches.epoch(0))) == count
 
 
 def test_a_batch_larger_than_the_data_is_refused():

@@ -1,6 +1,7 @@
 """A spec becomes a record: certificates, metrics, what is measured and what is reused."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -76,14 +77,10 @@ def test_metrics_are_evaluation_mode_passes_over_whole_splits(run):
     spec = RunSpec(**TINY | {"max_steps": 20}, lr=0.1, schedule="constant", weight_decay=0.01)
     data, network = load_data(spec.data), _network(spec)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-    batches, updates = Batches(data.train, batch_size=100), 0
-    while updates < 20:
-        for images, labels, _ in batches:
-            if updates < 20:
-                optimizer.zero_grad()
-                functional.cross_entropy(network(images), labels).backward()
-                optimizer.step()
-                updates += 1
+    for images, labels, _ in islice(Batches(data.train, batch_size=100), 20):
+        optimizer.zero_grad()
+        functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
     network.eval()
     for split, name in ((data.train, "train"), (data.test, "test")):
         with torch.no_grad():

@@ -85,7 +85,8 @@ def test_parts_while_running_one_file_at_the_end(tmp_path: Path) -> None:
     assert done.frame("weights").equals(running.frame("weights"))
     assert done.table("steps") is None
     assert done.frame("steps").empty
-    assert 0 <= done.record["seconds"] == done.record["ended"] - done.record["started"]
+    lasted = done.record["ended"] - done.record["started"]
+    assert 0 <= done.record["seconds"] == pytest.approx(lasted, abs=1e-2)
     assert pq.read_metadata(path / "weights.parquet").num_rows == 36
 
 

@@ -7,6 +7,7 @@ Batches are cut from tensors on the device, without worker processes. Their orde
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ from torch import Tensor
 from gradflow.errors import GradflowError
 from gradflow.seeding import derived_seed
 from gradflow.spec import DataSpec
+
+Batch = tuple[Tensor, Tensor, np.ndarray]
+"""Images [n, channels, height, width], labels [n], and their indices in the split [n]."""
 
 _TEMPLATE, _NOISE = 3, 0.5
 
@@ -163,36 +167,47 @@ def consumed_digest(before: str, indices: np.ndarray) -> str:
 
 
 class Batches:
-    """Training batches (images, labels, indices) of one epoch after another.
+    """Training batches (images, labels, indices), epoch after epoch without end.
 
     Args:
         split: where the batches are cut from.
         batch_size: images a batch; a last, partial batch is dropped.
         accumulate: batches an update; an epoch has a whole number of updates.
         seed: with the epoch's number decides the order.
+        start: how many batches of the stream to pass over, as a run that goes on does.
 
     Attributes:
-        epoch: the number of the epoch that the next iteration goes through.
+        per_epoch: batches of one epoch.
     """
 
-    def __init__(self, split: Split, *, batch_size: int, accumulate: int = 1, seed: int = 0):
-        self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.epoch = 0
-        self._count = len(split) // (batch_size * accumulate) * accumulate
-        if not self._count:
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        start: int = 0,
+    ):
+        self.split, self.batch_size, self.seed, self.start = split, batch_size, seed, start
+        self.per_epoch = len(split) // (batch_size * accumulate) * accumulate
+        if not self.per_epoch:
             raise GradflowError(
                 f"batch_size={batch_size}, accumulate={accumulate}: "
                 f"there are {len(split)} training images"
             )
 
-    def __len__(self) -> int:
-        return self._count
+    def __iter__(self) -> Iterator[Batch]:
+        first, skipped = divmod(self.start, self.per_epoch)
+        yield from self.epoch(first, skipped)
+        for number in itertools.count(first + 1):
+            yield from self.epoch(number)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-        generator = torch.Generator().manual_seed(derived_seed("batches", self.seed, self.epoch))
+    def epoch(self, number: int, skipped: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, without its first `skipped`."""
+        generator = torch.Generator().manual_seed(derived_seed("batches", self.seed, number))
         order = torch.randperm(len(self.split), generator=generator)
-        self.epoch += 1
-        for start in range(0, self._count * self.batch_size, self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        for place in range(skipped, self.per_epoch):
+            chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
             there = chosen.to(self.split.labels.device)
             yield self.split.images[there], self.split.labels[there], chosen.numpy()

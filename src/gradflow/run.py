@@ -8,6 +8,7 @@ import hashlib
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from gradflow.recording import Recorder
 from gradflow.recording.quantities import ALL
 from gradflow.recording.schedules import Schedule, every
 from gradflow.spec import Execution, RunSpec
-from gradflow.store import Run, RunWriter, encode, find, prepare
+from gradflow.store import CHECKPOINT, Run, RunWriter, encode, find, prepare
 from gradflow.tracking import Tracker, make_tracker
 
 Emit = Callable[[dict[str, Any]], None]
@@ -55,8 +56,14 @@ def run(spec: RunSpec, *, emit: Emit | None = None, **settings: Any) -> Run:
         device = _device(execution.device, spec)
         set_up_process(execution.threads)
         data = load_data(spec.data)
-        with RunWriter(store / spec.name, spec.to_dict()) as writer:
-            _compute(spec, data, device, writer, execution.logger, tell)
+        state: dict[str, Any] = {}
+
+        def keep(directory: Path) -> int:
+            state.update(_read_checkpoint(directory, spec) or {})
+            return int(state.get("part", 0))
+
+        with RunWriter(store / spec.name, spec.to_dict(), keep=keep) as writer:
+            _compute(spec, data, device, writer, state, execution.logger, tell)
         found, reused = Run(writer.path), False
     else:
         reused = True
@@ -67,12 +74,33 @@ def run(spec: RunSpec, *, emit: Emit | None = None, **settings: Any) -> Run:
     return found
 
 
+def _read_checkpoint(directory: Path, spec: RunSpec) -> dict[str, Any] | None:
+    """What an earlier, unfinished attempt at the run left to go on from."""
+    if spec.max_steps == 0 or not (directory / CHECKPOINT).exists():
+        return None
+    from gradflow.training.checkpoint import read_checkpoint
+
+    return read_checkpoint(directory, spec)
+
+
 def _compute(
-    spec: RunSpec, data: Data, device: torch.device, writer: RunWriter, logger: str, tell: Emit
+    spec: RunSpec,
+    data: Data,
+    device: torch.device,
+    writer: RunWriter,
+    state: dict[str, Any],
+    logger: str,
+    tell: Emit,
 ) -> None:
     steps = spec.updates(len(data.train))
     tell({"event": "begin", "run": spec.name, "steps": steps, "path": str(writer.path)})
-    writer.update(environment=environment(str(device), torch.get_num_threads()))
+    here = environment(str(device), torch.get_num_threads())
+    if state:
+        writer.spent = state["seconds"]
+        attempts = writer.record.get("resumed", [])
+        writer.update(resumed=[*attempts, {"updates": state["updates"], "environment": here}])
+    else:
+        writer.update(environment=here)
     network = _network(spec, data, device)
     certificate = {
         "parameter_count": sum(p.numel() for p in network.parameters()),
@@ -81,15 +109,16 @@ def _compute(
     }
     writer.update(certificate=certificate)
     data = data.to(device, _dtype(spec))
-    tracker = make_tracker(logger, writer.path, spec)
+    tracker = make_tracker(logger, writer.path, spec, state.get("updates", 0))
     try:
-        fields = _measure(network, data, spec, device, writer, tracker, tell)
+        fields = _measure(network, data, spec, device, writer, tracker, tell, state)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         tracker.finish("interrupted" if interrupted else "failed", {}, {})
         raise
     status = "done" if fields["divergence"] is None else "diverged"
     certificate["batches"] = fields.pop("batches_digest")
+    fields["final_parameters"] = _digest_all(network)
     writer.finish(status, certificate=certificate, **fields)
     tracker.finish(status, fields["metrics"], _figures(writer, logger))
 
@@ -102,6 +131,7 @@ def _measure(
     writer: RunWriter,
     tracker: Tracker,
     tell: Emit,
+    state: dict[str, Any],
 ) -> dict[str, Any]:
     """Train, or measure initialisation alone; what run.json says of the outcome."""
     if spec.max_steps == 0:
@@ -118,6 +148,7 @@ def _measure(
         writer=writer,
         tracker=tracker,
         emit=tell,
+        state=state or None,
     )
     return {
         "steps": outcome.steps,
@@ -207,8 +238,14 @@ def _schedules(spec: RunSpec) -> dict[str, Schedule]:
     }
 
 
-def _digest(parameter: nn.Parameter) -> str:
-    """SHA-256 of a parameter's bytes in its logical order, whatever its layout in memory."""
+def _digest_all(network: nn.Module) -> str:
+    """One digest of all parameters and buffers."""
+    state = sorted((name, _digest(tensor)) for name, tensor in network.state_dict().items())
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
+def _digest(parameter: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes in its logical order, whatever its layout in memory."""
     values = parameter.detach().cpu().contiguous()
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 

@@ -6,7 +6,8 @@ A run is one directory, described in `schema` and here:
     run.json            status, times, environment, match certificate, metrics, error
     modules.parquet     one row a module or block
     <table>.parquet     weights, outputs, blocks, steps, evaluations, probes; none if it has no rows
-    parts/              while running: <table>-<number>.parquet, merged at the end
+    parts/              until finished: <table>-<number>.parquet, merged at the end
+    checkpoint.pt       until finished: what the run goes on from
 
 Every file is written under a temporary name and renamed, so that a kill at any moment leaves a
 readable run. A run's directory is locked while its process lives (`flock`, which dies with it).
@@ -22,7 +23,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,9 +40,12 @@ STATUSES = ("running", "done", "diverged", "interrupted", "failed")
 FINISHED = ("done", "diverged")
 """Statuses of a run that has its result: it is not run again."""
 METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+CHECKPOINT = "checkpoint.pt"
+"""What an unfinished run goes on from; see `training.checkpoint`."""
 CORE_FIELDS = ("network", "depth", "skip", "seed", "data", "lr")
 """Fields that every table of `Runs` carries, beside those in which its runs differ."""
 
+_KEPT = ("started", "environment", "resumed")  # of run.json, where an attempt is gone on with
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -99,24 +103,42 @@ class RunWriter:
             unfinished attempt left in it is removed.
         spec: the content of spec.json.
         origin: `gradflow`, or `external` for a record of somebody's own loop.
+        keep: asked, under the lock, how many of the parts that an earlier attempt wrote belong to
+            what is gone on with; 0 is a new beginning.
+
+    Attributes:
+        part: the number of the last part written.
+        record: the content of run.json.
+        spent: seconds that the attempt gone on with had taken.
 
     Raises:
         StoreError: the directory cannot be written, holds something else than a run, or another
             process is at work in it.
     """
 
-    def __init__(self, path: str | Path, spec: Mapping[str, Any], *, origin: str = "gradflow"):
+    def __init__(
+        self,
+        path: str | Path,
+        spec: Mapping[str, Any],
+        *,
+        origin: str = "gradflow",
+        keep: Callable[[Path], int] = lambda path: 0,
+    ):
         self.path = Path(path)
         self._parts = self.path / "parts"
-        self._count = 0
+        self._opened, self.spent = time.time(), 0.0
         self.record: dict[str, Any] = {"origin": origin, "status": "running"}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path, patience=0.5)
             try:
+                self.part = keep(self.path)
                 self._clear()
+                if self.part:
+                    earlier = _read_json(self.path / "run.json")
+                    self.record |= {name: earlier[name] for name in _KEPT if name in earlier}
                 _write_json(self.path / "spec.json", spec)
-                self.update(started=time.time())
+                self.update(started=self.record.get("started", self._opened))
             except BaseException:
                 os.close(self._lock)
                 raise
@@ -129,8 +151,11 @@ class RunWriter:
         ours = any((self.path / name).exists() for name in ("spec.json", "run.json"))
         if not ours and any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise StoreError(f"{self.path}: holds other files, and no run")
-        shutil.rmtree(self._parts, ignore_errors=True)
-        for path in [*self.path.glob("*.parquet"), *self.path.glob(".*.tmp")]:
+        # From the last on, so that a kill in the middle leaves a whole beginning.
+        for path in sorted(self._parts.glob("*.parquet"), key=_part_number, reverse=True):
+            if _part_number(path) > self.part:
+                path.unlink()
+        for path in [*self.path.glob("*.parquet"), *self.path.glob("**/.*.tmp")]:
             path.unlink()
 
     def __enter__(self) -> Self:
@@ -154,8 +179,8 @@ class RunWriter:
     def append(self, name: str, data: pa.Table) -> None:
         """Add rows to a table, in a file of their own that is readable at once."""
         if data.num_rows:
-            self._count += 1
-            schema.write(data, self._parts / f"{name}-{self._count:06d}.parquet")
+            self.part += 1
+            schema.write(data, self._parts / f"{name}-{self.part:06d}.parquet")
 
     def write(self, name: str, data: pa.Table) -> None:
         """Write a whole table that gets no more rows, as `modules`."""
@@ -167,16 +192,26 @@ class RunWriter:
         _write_json(self.path / "run.json", self.record)
 
     def finish(self, status: str, **fields: Any) -> None:
-        """Merge the parts, set the status and unlock. Nothing may be written afterwards."""
-        for name in schema.KEYS:
+        """Set the status and unlock; nothing may be written afterwards.
+
+        The parts are merged and the checkpoint removed, but for a run that can go on from there.
+        """
+        goes_on = status not in FINISHED and (self.path / CHECKPOINT).exists()
+        for name in () if goes_on else schema.KEYS:
             data = _read_parts(self._parts, name)
             if data is not None:
                 schema.write(data, self.path / f"{name}.parquet")
         ended = time.time()
-        seconds = ended - self.record["started"]
-        self.update(status=status, ended=ended, seconds=seconds, **fields)
-        shutil.rmtree(self._parts, ignore_errors=True)
+        self.update(status=status, ended=ended, seconds=self.seconds, **fields)
+        if not goes_on:
+            shutil.rmtree(self._parts, ignore_errors=True)
+            (self.path / CHECKPOINT).unlink(missing_ok=True)
         os.close(self._lock)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the run so far, without what was lost or paused between attempts."""
+        return self.spent + time.time() - self._opened
 
 
 def _lock(path: Path, patience: float = 0.0) -> int:
@@ -192,6 +227,10 @@ def _lock(path: Path, patience: float = 0.0) -> int:
                 continue
             os.close(handle)
             raise StoreError(f"{path}: another process is computing this run") from None
+
+
+def _part_number(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
 
 
 def _read_parts(directory: Path, name: str) -> pa.Table | None:

@@ -40,9 +40,14 @@ class NoTracker:
 class CsvTracker:
     """`logger=csv`: metrics.csv in the run's directory, one row an epoch."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, start: int):
         self._path = directory / "metrics.csv"
-        self._path.unlink(missing_ok=True)
+        if self._path.exists():
+            with self._path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+            self._path.unlink()
+            for row in rows:
+                self.log(int(row.pop("step")), row)  # type: ignore[arg-type]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         row = {"step": step, **metrics}
@@ -101,9 +106,9 @@ def check_logger(logger: str) -> None:
         )
 
 
-def make_tracker(logger: str, directory: Path, spec: RunSpec) -> Tracker:
-    """The mirror that `logger` names."""
+def make_tracker(logger: str, directory: Path, spec: RunSpec, start: int = 0) -> Tracker:
+    """The mirror that `logger` names, of a run that goes on after `start` updates."""
     check_logger(logger)
     if logger == "wandb":
         return WandbTracker(directory, spec)
-    return CsvTracker(directory) if logger == "csv" else NoTracker()
+    return CsvTracker(directory, start) if logger == "csv" else NoTracker()

@@ -254,6 +254,23 @@ class Recorder:
         self._flushed = time.monotonic()
         self._started = time.monotonic()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a recorder needs to number on where this one stands, after a `flush`; plain data."""
+        divergence = None if self.divergence is None else asdict(self.divergence)
+        return {
+            "next_step": self.next_step,
+            "seconds": self.seconds,
+            "metrics": dict(self._metrics),
+            "divergence": divergence,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the recorder of `state` stood; before the first step."""
+        self.next_step, self.seconds = state["next_step"], state["seconds"]
+        self._metrics = dict(state["metrics"])
+        found = state["divergence"]
+        self.divergence = None if found is None else Divergence(**found)
+
     # --- what is watched --------------------------------------------------------------------------
 
     def _find_modules(self) -> None:

@@ -58,6 +58,7 @@ class GradientFlow(pl.Callback):
         self._values, self._repeat_forward = values, repeat_forward
         self._loss: Tensor | float = 0.0
         self._open = False
+        self._state: Mapping[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.recorder = Recorder(
@@ -66,8 +67,19 @@ class GradientFlow(pl.Callback):
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             **self._options,  # type: ignore[arg-type]
         )
+        if self._state is not None:
+            self.recorder.load_state_dict(self._state)
         self.recorder.__enter__()
         self._loss, self._open = 0.0, True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The recorder's place, so that a Trainer that goes on from a checkpoint numbers on."""
+        self.recorder.flush()
+        return self.recorder.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict` at the next fit."""
+        self._state = state_dict
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor

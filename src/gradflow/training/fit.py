@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from gradflow.recording.schedules import Schedule
 from gradflow.spec import RunSpec
 from gradflow.store import RunWriter
 from gradflow.tracking import Tracker
+from gradflow.training import checkpoint
 from gradflow.training.callback import GradientFlow
 from gradflow.training.evaluation import evaluate
 from gradflow.training.module import Classifier
@@ -54,17 +55,26 @@ def train(
     writer: RunWriter,
     tracker: Tracker,
     emit: Emit,
+    state: dict[str, Any] | None = None,
 ) -> Outcome:
     """Train `network` in place as `spec` says; tables go to `writer`, progress to `emit`.
+
+    With the `state` of a checkpoint, training goes on there, bit for bit as if never stopped (on
+    the same device, with the same threads and versions).
 
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after what was recorded is written.
     """
+    start = 0 if state is None else state["updates"]
     batches = Batches(
-        data.train, batch_size=spec.batch_size, accumulate=spec.accumulate, seed=spec.seed
+        data.train,
+        batch_size=spec.batch_size,
+        accumulate=spec.accumulate,
+        seed=spec.seed,
+        start=start * spec.accumulate,
     )
     total = spec.updates(len(data.train))
-    module = Classifier(network, spec, total)
+    module = Classifier(network, spec, total, start)
     flow = GradientFlow(
         quantities,
         schedule,
@@ -74,16 +84,20 @@ def train(
         values=lambda: {"accuracy": module.accuracy},
         repeat_forward=module.repeat_forward,
     )
-    watch = _Watch(module, flow, data, spec, tracker, emit)
+    watch = _Watch(module, flow, data, writer, tracker, emit)
+    if state is not None:
+        network.load_state_dict(state["network"])
+        module.state = state
+        flow.load_state_dict(state["recorder"])
+        watch.load(state)
     accelerator, devices = _placement(device)
-    began = time.monotonic()
     with _quiet():
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=devices,
             precision=_PRECISIONS[spec.precision],  # type: ignore[arg-type]
             max_epochs=-1,
-            max_steps=total,
+            max_steps=total - start,
             accumulate_grad_batches=spec.accumulate,
             gradient_clip_val=spec.clip,
             callbacks=[watch, flow],
@@ -98,34 +112,37 @@ def train(
         metrics = watch.final(trainer)
     flow.recorder.flush()
     return Outcome(
-        steps=trainer.global_step,
+        steps=module.updates,
         metrics=metrics,
         batches_digest=watch.digest,
         recorder_seconds=flow.recorder.seconds,
-        fit_seconds=time.monotonic() - began,
+        fit_seconds=watch.fit_seconds + time.monotonic() - watch.began,
         divergence=flow.recorder.divergence,
     )
 
 
 class _Watch(pl.Callback):
-    """Progress, evaluations and the digest of consumed batches; stands before the recorder."""
+    """Progress, evaluations, checkpoints and the digest of consumed batches."""
 
     def __init__(
         self,
         module: Classifier,
         flow: GradientFlow,
         data: Data,
-        spec: RunSpec,
+        writer: RunWriter,
         tracker: Tracker,
         emit: Emit,
     ):
-        self._module, self._flow, self._data, self._spec = module, flow, data, spec
+        self._module, self._flow, self._data = module, flow, data
+        self._spec, self._writer = module.spec, writer
         self._tracker, self._emit = tracker, emit
+        self._per_epoch = module.spec.but(max_steps=None, epochs=1).updates(len(data.train))
+        self._seen = module.start
         self.digest = ""  # of the batches trained on, see `consumed_digest`
+        self.fit_seconds = 0.0
         self._epoch: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._loss = torch.zeros(())
-        self._test: dict[str, float] = {}
-        self._told = 0.0
+        self._test: tuple[int, dict[str, float]] | None = None  # updates made, metrics
+        self._told = self._saved = self.began = time.monotonic()
 
     @property
     def recorder(self) -> Recorder:
@@ -137,28 +154,39 @@ class _Watch(pl.Callback):
         for indices in self._module.consumed:
             self.digest = consumed_digest(self.digest, indices)
         self._module.consumed.clear()
-        loss = outputs["loss"].detach()
-        self._epoch.append((loss * self._spec.accumulate, self._module.accuracy))
+        if self._module.updates == self._seen:
+            return  # more batches of the same update follow
+        self._seen = self._module.updates
+        self._epoch.append((self._module.loss, self._module.accuracy))
         now = time.monotonic()
         if now - self._told >= _PROGRESS_SECONDS:
             self._told = now
-            self._say(
-                "step",
-                step=trainer.global_step,
-                loss=float(self._epoch[-1][0]),
-                accuracy=float(self._module.accuracy),
-                ratio=self.recorder.first_to_last(),
-            )
+            self._tell_step()
+        ends = self._module.updates % self._per_epoch == 0
+        if ends:
+            self._end_epoch(trainer)
+        if now - self._saved > checkpoint.SECONDS[0 if ends else 1] and not trainer.should_stop:
+            self._save()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _tell_step(self) -> None:
+        self._say(
+            "step",
+            step=self._module.updates,
+            loss=float(self._module.loss),
+            accuracy=float(self._module.accuracy),
+            ratio=self.recorder.first_to_last(),
+        )
+
+    def _end_epoch(self, trainer: pl.Trainer) -> None:
         losses, accuracies = (torch.stack(values) for values in zip(*self._epoch, strict=True))
         self._epoch.clear()
         seen = {"loss": float(losses.mean()), "accuracy": float(accuracies.mean())}
-        self._test = test = self._evaluate(trainer, "test")
         self.recorder.evaluate("train_batches", **seen)
+        test = self._evaluate(trainer, "test")
+        self._test = (self._module.updates, test)
         self._tracker.log(
-            trainer.global_step,
-            {"epoch": trainer.current_epoch + 1}
+            self._module.updates,
+            {"epoch": -(-self._module.updates // self._per_epoch)}
             | {f"train_batches_{name}": value for name, value in seen.items()}
             | {f"test_{name}": value for name, value in test.items()},
         )
@@ -167,13 +195,48 @@ class _Watch(pl.Callback):
         context = trainer.precision_plugin.forward_context()
         found = evaluate(self._module.network, getattr(self._data, split), context)
         self.recorder.evaluate(split, **found)
-        self._say("evaluation", step=trainer.global_step, split=split, **found)
+        self._say("evaluation", step=self._module.updates, split=split, **found)
         return found
 
     def final(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Metrics of both splits at the final parameters; the last epoch's end saw the test."""
-        both = {"train": self._evaluate(trainer, "train"), "test": self._test}
+        """Metrics of both splits at the final parameters; an epoch's end may have seen the test."""
+        if self._epoch:
+            self._end_epoch(trainer)
+        if self._test is None or self._test[0] != self._module.updates:
+            self._test = (self._module.updates, self._evaluate(trainer, "test"))
+        both = {"train": self._evaluate(trainer, "train"), "test": self._test[1]}
         return {f"{s}_{name}": value for s, found in both.items() for name, value in found.items()}
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        self.recorder.flush()
+        scaler = getattr(self._module.trainer.precision_plugin, "scaler", None)
+        self._saved = time.monotonic()
+        state = {
+            "network": self._module.network.state_dict(),
+            "optimizer": self._module.optimizer.state_dict(),
+            "scheduler": self._module.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "recorder": self.recorder.state_dict(),
+            "updates": self._module.updates,
+            "part": self._writer.part,
+            "seconds": self._writer.seconds,
+            "fit_seconds": self.fit_seconds + self._saved - self.began,
+            "digest": self.digest,
+            "epoch": self._epoch,
+        }
+        checkpoint.write_checkpoint(self._writer.path, self._spec, state)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state, before the fit."""
+        self.digest, self._epoch = state["digest"], state["epoch"]
+        self.fit_seconds = state["fit_seconds"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and self._module.state.get("scaler"):
+            scaler.load_state_dict(self._module.state["scaler"])
 
     def _say(self, event: str, **fields: Any) -> None:
         self._emit({"event": event, "run": self._spec.name, **fields})

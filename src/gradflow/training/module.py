@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradflow.data import Batch
 from gradflow.seeding import derived_seed
 from gradflow.spec import RunSpec
-
-Batch = tuple[Tensor, Tensor, np.ndarray]
 
 
 class Classifier(pl.LightningModule):
@@ -24,32 +23,47 @@ class Classifier(pl.LightningModule):
         network: maps images to logits.
         spec: optimizer, schedule, seed.
         total: updates of the whole run; the schedule's length.
+        start: updates made before, by a run that is gone on with.
 
     Attributes:
-        accuracy: share of right answers in the present update's batches, in training mode.
-        consumed: called with the indices of each batch that is really trained on.
+        loss, accuracy: means over the present update's batches so far, in training mode.
+        consumed: indices of each batch that was really trained on, until they are taken.
+        optimizer, scheduler: from the start of the fit on.
     """
 
-    def __init__(self, network: nn.Module, spec: RunSpec, total: int):
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    def __init__(self, network: nn.Module, spec: RunSpec, total: int, start: int = 0):
         super().__init__()
-        self.network, self.spec, self.total = network, spec, total
+        self.network, self.spec, self.total, self.start = network, spec, total, start
+        self.state: dict[str, Any] = {}
         self.consumed: list[np.ndarray] = []
-        self.accuracy = torch.zeros(())
+        self.loss, self.accuracy = torch.zeros(()), torch.zeros(())
         self._batch: Batch | None = None
         self._place = 0
+
+    @property
+    def updates(self) -> int:
+        """Updates made in the whole run so far."""
+        return self.start + int(self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels, indices = batch
         self._batch, self._place = batch, batch_idx % self.spec.accumulate
         self.consumed.append(indices)
         logits = self._forward(images)
-        right = (logits.detach().argmax(dim=1) == labels).float().mean() / self.spec.accumulate
-        self.accuracy = right if self._place == 0 else self.accuracy + right
-        return functional.cross_entropy(logits, labels)
+        loss = functional.cross_entropy(logits, labels)
+        right = (logits.detach().argmax(dim=1) == labels).float().mean()
+        if self._place == 0:
+            self.loss, self.accuracy = torch.zeros_like(loss), torch.zeros_like(right)
+        self.loss = self.loss + loss.detach() / self.spec.accumulate
+        self.accuracy = self.accuracy + right / self.spec.accumulate
+        return loss
 
     def _forward(self, images: Tensor) -> Tensor:
         # What a network draws at random depends on the step alone, not on what came before.
-        torch.manual_seed(derived_seed("step", self.spec.seed, self.global_step, self._place))
+        torch.manual_seed(derived_seed("step", self.spec.seed, self.updates, self._place))
         return self.network(images)
 
     def repeat_forward(self) -> None:
@@ -62,9 +76,12 @@ class Classifier(pl.LightningModule):
             buffer.copy_(before)
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.network, self.spec)
-        scheduler = make_scheduler(optimizer, self.spec, self.total)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        self.optimizer = make_optimizer(self.network, self.spec)
+        self.scheduler = make_scheduler(self.optimizer, self.spec, self.total)
+        if self.state:
+            self.optimizer.load_state_dict(self.state["optimizer"])
+            self.scheduler.load_state_dict(self.state["scheduler"])
+        return [self.optimizer], [{"scheduler": self.scheduler, "interval": "step"}]
 
 
 def make_optimizer(network: nn.Module, spec: RunSpec) -> torch.optim.Optimizer:
