@@ -156,6 +156,11 @@ BAD = [
     ("hydra/launcher=joblib", "launcher=local"),
     ("hydra/sweeper=optuna", "launcher=local"),
     ("+foo=1", "foo: no such key"),
+    ("~runs_dir", "~runs_dir: a key cannot be taken away"),
+    ("record.every=3", "record.every=3: allowed is record.every.weights=N"),
+    ("network.args={depth:${dept}} network.target=a.f", "dept"),
+    ("-m depth=8,14 runs_dir=a,b", "runs_dir=a,b: one value for a whole sweep"),
+    ("device=cpu precision=fp16", "precision=fp16: the CPU trains in"),
     ("lr=[1", "gradflow: "),
     ("-m depth=20,21", "depth=21: allowed is 6n+2"),
 ]

@@ -71,6 +71,17 @@ def test_step_0_is_the_gradient_at_initialisation(run, precision):
     )
 
 
+@pytest.mark.parametrize("keys", [{"skip": "stochastic_depth", "drop_rate": 0.9, "depth": 20}, {}])
+def test_step_0_is_that_of_training_also_where_the_network_draws(run, keys):
+    keys |= {"batch_size": 50, "accumulate": 2}
+    torch.manual_seed(1)
+    probe = run(**keys, max_steps=0).frame("steps")
+    torch.manual_seed(2)
+    trained = run(**keys).frame("steps")
+    for name in ("loss", "accuracy", "grad_norm"):
+        assert probe[name][0] == pytest.approx(trained[name][0], rel=1e-5)
+
+
 def test_metrics_are_evaluation_mode_passes_over_whole_splits(run):
     """Repeated by hand: the recipe in a bare loop ends with the same numbers."""
     done = run(lr=0.1, schedule="constant", weight_decay=0.01, max_steps=20)
@@ -159,6 +170,15 @@ def test_a_network_of_the_users_own(run, tmp_path, monkeypatch):
         "                               torch.nn.ReLU(), torch.nn.Linear(width, 10))\n"
         "def broken():\n"
         "    raise RuntimeError('as written')\n"
+        "def narrow():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(60, 10))\n"
+        "def three():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))\n"
+        "class Leave(torch.nn.Flatten):\n"
+        "    def forward(self, x):\n"
+        "        raise SystemExit(3)\n"
+        "def leave():\n"
+        "    return torch.nn.Sequential(Leave(), torch.nn.Linear(64, 10))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     own = {"depth": 2, "width": None, "network": {"target": "mynet.make", "args": {"width": 5}}}
@@ -168,8 +188,30 @@ def test_a_network_of_the_users_own(run, tmp_path, monkeypatch):
     assert done.record["certificate"] == run(**own, max_steps=4).record["certificate"] | {
         "batches": done.record["certificate"]["batches"]
     }
-    with pytest.raises(GradflowError, match="as written"):
-        run(**own | {"network": {"target": "mynet.broken"}})
+    for name, message in (
+        ("broken", "as written"),
+        ("narrow", r"images \[2, 1, 8, 8\] do not pass"),
+        ("three", r"returns \[2, 3\], wants logits \[2, 10\]"),
+        ("leave", r"called sys.exit\(3\)"),
+    ):
+        with pytest.raises(GradflowError, match=message) as caught:
+            run(**own | {"network": {"target": f"mynet.{name}"}})
+        assert "\n" not in str(caught.value)
+    statuses = {one.status for one in gradflow.load_runs(tmp_path / "runs")}
+    assert statuses == {"done", "failed"}
+
+
+def test_a_users_files_are_read_again_before_a_run_is_reused(run, tmp_path):
+    for name, value in (("train", 0.0), ("test", 1.0)):
+        x = np.random.default_rng(0).normal(value, 1, (100, 1, 8, 8))
+        np.savez(tmp_path / f"{name}.npz", x=x, y=np.arange(100) % 10)
+    data = {"name": "files", "root": str(tmp_path)}
+    events = []
+    for changed in (False, False, True):
+        if changed:
+            np.savez(tmp_path / "test.npz", x=x + 1, y=np.arange(100) % 10)
+        run(data=data, max_steps=0, emit=events.append)
+    assert [e["reused"] for e in events if e["event"] == "end"] == [False, True, False]
 
 
 def test_devices_that_are_not_there(run):
@@ -186,7 +228,7 @@ def test_a_run_that_raises_is_failed_and_says_why(run, tmp_path, monkeypatch):
         "    calls = 0\n"
         "    def forward(self, x):\n"
         "        self.calls += 1\n"
-        "        if self.calls == 3:\n"
+        "        if self.calls == 4:  # the first is the trying out\n"
         "            raise ValueError('enough')\n"
         "        return super().forward(x)\n"
         "def make():\n"

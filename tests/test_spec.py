@@ -65,6 +65,7 @@ def test_name_is_network_depth_skip_seed_id():
             {"skip": "identity", "skip_forward": 0.5},
         ),
         ({"record": "none"}, {"record": {"every": {"weights": 0, "outputs": 0, "blocks": 0}}}),
+        ({"depth": 20.0, "batch_size": 1e2}, {"depth": 20, "batch_size": 100}),
         ({"precision": 32}, {"precision": "32-true"}),
         ({"max_steps": 3, "epochs": 7}, {"max_steps": 3}),
         ({"skip": False, "shortcut": "B"}, {"skip": False, "shortcut": "A"}),
@@ -204,8 +205,11 @@ def test_bad_values_name_key_value_and_what_is_allowed():
     bad(r"seed=true: allowed", seed=True)
     bad(r"lr=0: allowed is a number above 0", lr=0)
     bad(r"lr=null: a value is needed", lr=None)
-    bad(r"lr=nan", lr=float("nan"))
+    bad(r"lr=NaN", lr=float("nan"))
     bad(r"epochs=1.5", epochs=1.5)
+    bad(r"seed=1\d+: allowed is a whole number from 0", seed=10**20)
+    bad(r"batch_size=1: norm=batch", network="mlp", batch_size=1)
+    bad(r"network=mlp: network.target names", network={"name": "mlp", "target": "a.f"})
     bad(r"drop_rate=1: allowed", skip="stochastic_depth", drop_rate=1)
     bad(r"batch_size=2000: data=digits has 1437 training images", batch_size=2000)
     bad(r"batch_size=800 × accumulate=2: data=digits has 1437", batch_size=800, accumulate=2)
@@ -229,7 +233,7 @@ def test_a_key_that_the_network_does_not_use_is_refused_when_set():
     bad("branch_layers=2: network=cifar does not use", branch_layers=2)
     bad("norm=batch: network=custom does not use", network={"target": "a.f"}, norm="batch")
     bad("data.size=8: data=digits does not use", data={"name": "digits", "size": 8})
-    bad("sigma_w=2: only init=gaussian uses it", sigma_w=2)
+    bad("sigma_w=2.0: only init=gaussian uses it", sigma_w=2)
     bad("momentum=0.5: only optimizer=sgd uses it", optimizer="adam", momentum=0.5)
     bad("record.every.weights=1: record=none", record={"name": "none", "every": {"weights": 1}})
 

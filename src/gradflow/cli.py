@@ -14,9 +14,11 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
 
 from gradflow.errors import GradflowError, SpecError
+from gradflow.interrupt import Interrupt
 from gradflow.spec import Execution, RunSpec
 
 INTERRUPTED = 130
@@ -34,20 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(text())
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt = Interrupt()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         configured = _configure(given)
-        return _execute(configured, sweeping=bool({"-m", "--multirun"} & set(given)))
+        sweeping = len(configured) > 1 or bool({"-m", "--multirun"} & set(given))
+        return _execute(configured, sweeping=sweeping)
     except GradflowError as error:
         print(f"gradflow: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("gradflow: interrupted; the same command goes on", file=sys.stderr)
+        print("gradflow: interrupted; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 # --- from arguments to specs ----------------------------------------------------------------------
@@ -79,11 +80,11 @@ def _configure(arguments: list[str]) -> list[tuple[RunSpec, Execution]]:
             # Hydra leaves a multirun.yaml in the sweep's directory; the store is our only output.
             sys.argv = [kept[0], *arguments, f"hydra.sweep.dir={scratch}"]
             task()
+        return [config.specs_from(item) for item in composed]
     except (HydraException, OmegaConfBaseException) as error:
         raise SpecError(_one_line(error)) from None
     finally:
         sys.argv = kept
-    return [config.specs_from(item) for item in composed]
 
 
 def _check_overrides(arguments: list[str], known: list[str]) -> None:
@@ -99,7 +100,11 @@ def _check_overrides(arguments: list[str], known: list[str]) -> None:
         key = name.lstrip("+~")
         if key in _REFUSED:
             raise SpecError(f"{argument}: {_REFUSED[key]}")
-        if not sign and not argument.startswith("~"):
+        if name.startswith("~"):
+            raise SpecError(f"{argument}: a key cannot be taken away; give it a value")
+        if key == "record.every":
+            raise SpecError(f"{argument}: allowed is record.every.weights=N, .outputs, .blocks")
+        if not sign:
             raise SpecError(f"{argument}: give keys as KEY=VALUE")
         free = name.startswith("+") or key.startswith(("hydra.", "hydra/", "network.args."))
         if not free and key not in known:
@@ -126,6 +131,10 @@ def _execute(configured: list[tuple[RunSpec, Execution]], *, sweeping: bool) -> 
     if not configured:
         return 0
     specs, execution = [spec for spec, _ in configured], configured[0][1]
+    for name in asdict(execution):
+        values = {str(getattr(other, name)) for _, other in configured}
+        if len(values) > 1:
+            raise SpecError(f"{name}={','.join(sorted(values))}: one value for a whole sweep")
     _check_surroundings(specs, execution)
     if sweeping:
         return _sweep(specs, execution)
@@ -139,6 +148,8 @@ def _check_surroundings(specs: list[RunSpec], execution: Execution) -> None:
     for spec in specs:
         spec.data.check_files()
         _check_target(spec)
+        if spec.precision == "fp16" and execution.device == "cpu":
+            raise SpecError("precision=fp16: the CPU trains in fp32, bf16 or fp64")
     check_logger(execution.logger)
 
     from gradflow.store import prepare
@@ -154,28 +165,27 @@ def _check_target(spec: RunSpec) -> None:
 
 
 def _run(spec: RunSpec, execution: Execution) -> int:
-    from dataclasses import asdict
-
     from gradflow.progress import Display, guarded
     from gradflow.store import find
-
-    settings = asdict(execution)
-    if find(execution.runs_dir, spec) is not None:
-        print("in the store already, not run again:")
-    with Display() as display:
-        from gradflow.run import run
-
-        finished = run(spec, emit=guarded(display), **settings)
     from gradflow.tables import summary
 
+    if find(execution.runs_dir, spec) is not None:
+        print("in the store already, not run again:")
+    try:
+        with Display() as display:
+            from gradflow.run import run
+
+            finished = run(spec, emit=guarded(display), **asdict(execution))
+    except KeyboardInterrupt:
+        where = Path(execution.runs_dir) / spec.name
+        print(f"interrupted; what was recorded lies in {where}", file=sys.stderr)
+        raise
     for line in summary(finished):
         print(line)
     return 0
 
 
 def _sweep(specs: list[RunSpec], execution: Execution) -> int:
-    from dataclasses import asdict
-
     from gradflow.progress import Display
     from gradflow.sweep import sweep
 

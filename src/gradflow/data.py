@@ -58,9 +58,11 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the training split, as it is fed to the network."""
-        state = hashlib.sha256(self.train.images.contiguous().cpu().numpy().tobytes())
-        state.update(self.train.labels.cpu().numpy().tobytes())
+        """SHA-256 over both splits, as they are fed to the network."""
+        state = hashlib.sha256()
+        for split in (self.train, self.test):
+            state.update(split.images.contiguous().cpu().numpy().tobytes())
+            state.update(split.labels.cpu().numpy().tobytes())
         return state.hexdigest()[:16]
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Data:
@@ -156,6 +158,15 @@ def _read_npz(path: Path) -> _Arrays:
     if labels.dtype.kind not in "iu" or labels.min() < 0:
         raise GradflowError(f"{path}: wants y of whole numbers from 0")
     return images.astype(np.float64), labels
+
+
+def seed_step(seed: int, update: int, place: int) -> None:
+    """Seed torch for one batch: what a network draws depends on no more than seed, update, place.
+
+    Args:
+        place: the batch's among those accumulated for the update.
+    """
+    torch.manual_seed(derived_seed("step", seed, update, place))
 
 
 def consumed_digest(before: str, indices: np.ndarray) -> str:

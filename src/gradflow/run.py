@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gradflow.data import Batches, Data, consumed_digest, load_data
+from gradflow.data import Batches, Data, consumed_digest, load_data, seed_step
 from gradflow.environment import environment
 from gradflow.errors import GradflowError, SpecError
 from gradflow.networks import build
@@ -51,22 +52,10 @@ def run(spec: RunSpec, *, emit: Emit | None = None, **settings: Any) -> Run:
     execution = Execution(**settings)
     tell: Emit = (lambda event: emit(encode(event))) if emit is not None else (lambda event: None)
     store = prepare(execution.runs_dir)
-    found = find(store, spec)
+    found = _finished(store, spec)
+    reused = found is not None
     if found is None:
-        device = _device(execution.device, spec)
-        set_up_process(execution.threads)
-        data = load_data(spec.data)
-        state: dict[str, Any] = {}
-
-        def keep(directory: Path) -> int:
-            state.update(_read_checkpoint(directory, spec) or {})
-            return int(state.get("part", 0))
-
-        with RunWriter(store / spec.name, spec.to_dict(), keep=keep) as writer:
-            _compute(spec, data, device, writer, state, execution.logger, tell)
-        found, reused = Run(writer.path), False
-    else:
-        reused = True
+        found = _run(store, spec, execution, tell)
     tell(
         {"event": "end", "run": spec.name, "status": found.status, "path": str(found.path)}
         | {"metrics": found.metrics, "error": found.record.get("error"), "reused": reused}
@@ -74,13 +63,41 @@ def run(spec: RunSpec, *, emit: Emit | None = None, **settings: Any) -> Run:
     return found
 
 
-def _read_checkpoint(directory: Path, spec: RunSpec) -> dict[str, Any] | None:
-    """What an earlier, unfinished attempt at the run left to go on from."""
+def _finished(store: Path, spec: RunSpec) -> Run | None:
+    """The run, if the store has its result; of a user's files only if they are what they were."""
+    found = find(store, spec)
+    if found is not None and spec.data.name == "files":
+        same = found.record["certificate"].get("data") == load_data(spec.data).digest
+        return found if same else None
+    return found
+
+
+def _run(store: Path, spec: RunSpec, execution: Execution, tell: Emit) -> Run:
+    device = _device(execution.device, spec)
+    set_up_process(execution.threads)
+    data = load_data(spec.data)
+    state: dict[str, Any] = {}
+
+    def keep(directory: Path) -> int:
+        state.update(_read_checkpoint(directory, spec, data) or {})
+        return int(state.get("part", 0))
+
+    with RunWriter(store / spec.name, spec.to_dict(), keep=keep) as writer:
+        try:
+            _compute(spec, data, device, writer, state, execution.logger, tell)
+        except SystemExit as error:  # in a network of the user's
+            raise GradflowError(f"{spec.name}: its network called sys.exit({error.code})") from None
+    return Run(writer.path)
+
+
+def _read_checkpoint(directory: Path, spec: RunSpec, data: Data) -> dict[str, Any] | None:
+    """What an earlier, unfinished attempt at the run, on the same data, left to go on from."""
     if spec.max_steps == 0 or not (directory / CHECKPOINT).exists():
         return None
     from gradflow.training.checkpoint import read_checkpoint
 
-    return read_checkpoint(directory, spec)
+    state = read_checkpoint(directory, spec)
+    return state if state is not None and state["data"] == data.digest else None
 
 
 def _compute(
@@ -92,8 +109,6 @@ def _compute(
     logger: str,
     tell: Emit,
 ) -> None:
-    steps = spec.updates(len(data.train))
-    tell({"event": "begin", "run": spec.name, "steps": steps, "path": str(writer.path)})
     here = environment(str(device), torch.get_num_threads())
     if state:
         writer.spent = state["seconds"]
@@ -102,6 +117,8 @@ def _compute(
     else:
         writer.update(environment=here)
     network = _network(spec, data, device)
+    steps = spec.updates(len(data.train))
+    tell({"event": "begin", "run": spec.name, "steps": steps, "path": str(writer.path)})
     certificate = {
         "parameter_count": sum(p.numel() for p in network.parameters()),
         "parameters": {name: _digest(p) for name, p in network.named_parameters()},
@@ -182,7 +199,9 @@ def _measure_initialisation(
     network.train()
     with Recorder(network, quantities, _schedules(spec), save=writer) as recorder:
         loss, right = torch.zeros(()), torch.zeros(())
-        for images, labels, indices in _first(batches, spec.accumulate):
+        for place, batch in enumerate(itertools.islice(batches, spec.accumulate)):
+            images, labels, indices = batch
+            seed_step(spec.seed, 0, place)
             consumed = consumed_digest(consumed, indices)
             with _autocast(spec, images.device):
                 logits = network(images)
@@ -201,16 +220,40 @@ def _measure_initialisation(
     }
 
 
-def _first(batches: Batches, count: int) -> list[Any]:
-    return [batch for batch, _ in zip(batches, range(count), strict=False)]
-
-
 def _network(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
     channels, height, width = data.shape
     features = channels * height * width if spec.network.name == "mlp" else channels
     network = build(spec, in_channels=features, num_classes=data.num_classes)
+    if spec.network.name == "custom":
+        _try_out(network, spec, data)
     # Channels last is the layout that convolutions prefer, on CPUs and GPUs; it moves no number.
     return network.to(device, _dtype(spec)).to(memory_format=torch.channels_last)  # type: ignore
+
+
+def _try_out(network: nn.Module, spec: RunSpec, data: Data) -> None:
+    """Pass two images through a user's network, in evaluation mode, before anything is trained.
+
+    Raises:
+        GradflowError: it cannot take them, returns no logits, or has nothing to train.
+    """
+    label, images = f"network.target={spec.network.target}", data.train.images[:2]
+    network.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            seed_step(spec.seed, 0, 0)  # lazy layers draw their parameters here
+            logits = network(images)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise GradflowError(
+            f"{label}: images {list(images.shape)} do not pass: {reason}"
+        ) from error
+    finally:
+        network.train()
+    found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if found != [2, data.num_classes]:
+        raise GradflowError(f"{label}: returns {found}, wants logits {[2, data.num_classes]}")
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise GradflowError(f"{label}: has no parameters to train")
 
 
 def _dtype(spec: RunSpec) -> torch.dtype:

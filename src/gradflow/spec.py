@@ -100,9 +100,12 @@ _ONLY_WITH = {
 
 def _integer(low: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        whole = (
+            isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+        )
+        if not whole or not low <= value < 2**63:
             raise ValueError(f"a whole number from {low}")
-        return value
+        return int(value)
 
     return check
 
@@ -218,8 +221,6 @@ def _checked(owner: Any, name: str, value: Any, label: str) -> Any:
 def _spelled(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float):
-        return repr(value).removesuffix(".0")
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
@@ -262,6 +263,8 @@ class NetworkSpec:
     def __post_init__(self) -> None:
         _check_all(self, "network.")
         if self.target is not None:
+            if self.name not in ("cifar", "custom"):
+                raise SpecError(f"network={self.name}: network.target names another network")
             object.__setattr__(self, "name", "custom")
             object.__setattr__(self, "args", self.args or {})
         elif self.name == "custom":
@@ -518,6 +521,8 @@ class RunSpec:
                 f"batch_size={self.batch_size}{product}: data={self.data.name} "
                 f"has {size} training images"
             )
+        if self.batch_size == 1 and self.norm == "batch" and self.network.name != "cifar":
+            raise SpecError("batch_size=1: norm=batch has no statistics of one value a channel")
         if self.max_steps is not None:
             object.__setattr__(self, "epochs", None)
         elif self.epochs is None:

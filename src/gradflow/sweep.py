@@ -85,7 +85,8 @@ def sweep(specs: Iterable[RunSpec], *, display: Say | None = None, **settings: A
     say = guarded(display)
     specs = list(specs)
     unique = {spec.run_id: spec for spec in specs}
-    missing = [spec for spec in unique.values() if find(store, spec) is None]
+    # A worker reads a user's files, and finds out whether they are what they were.
+    missing = [s for s in unique.values() if s.data.name == "files" or find(store, s) is None]
     missing.sort(key=cost, reverse=True)
     threads = 1 if execution.threads == "auto" else int(execution.threads)
     jobs = max(1, _cores() // threads) if execution.jobs == "auto" else int(execution.jobs)

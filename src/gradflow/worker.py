@@ -19,10 +19,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, TextIO
 
 from gradflow.errors import GradflowError
+from gradflow.interrupt import Interrupt
 from gradflow.spec import RunSpec
 from gradflow.store import encode
 
@@ -40,7 +40,7 @@ def main(parent: int) -> int:
     """Compute the jobs on stdin until it ends; the process's exit code."""
     jobs, said = _take_pipes()
 
-    interrupt = _Interrupt()
+    interrupt = Interrupt()
 
     def say(event: dict[str, Any]) -> None:
         try:
@@ -67,18 +67,6 @@ def _take_pipes() -> tuple[TextIO, TextIO]:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     return jobs, said
-
-
-class _Interrupt:
-    """Raises KeyboardInterrupt once: a second cause must not disturb the writing of the end."""
-
-    def __init__(self) -> None:
-        self._seen = False
-
-    def __call__(self, number: int = 0, frame: FrameType | None = None) -> None:
-        if not self._seen:
-            self._seen = True
-            raise KeyboardInterrupt
 
 
 def _end_with(parent: int) -> None:

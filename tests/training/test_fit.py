@@ -83,6 +83,38 @@ def test_gradients_are_recorded_before_they_are_clipped(run):
     assert total <= lr * (1e-3 + math.sqrt((decay**2).sum())) * 1.01
 
 
+def test_train_batches_are_means_over_the_updates(run):
+    """Of loss and accuracy, also where an update has several batches."""
+    for accumulate in (1, 2):
+        done = run(batch_size=100, accumulate=accumulate, max_steps=None, epochs=2)
+        steps, per_epoch = done.frame("steps"), 14 // accumulate
+        seen = done.frame("evaluations")
+        seen = seen[seen["split"] == "train_batches"].reset_index()
+        assert seen["step"].tolist() == [per_epoch, 2 * per_epoch]
+        for epoch in (0, 1):
+            part = steps.iloc[epoch * per_epoch : (epoch + 1) * per_epoch]
+            for name in ("loss", "accuracy"):
+                assert seen[name][epoch] == pytest.approx(part[name].mean(), rel=1e-5)
+
+
+def test_rates_of_recording(run):
+    done = run(record={"every": {"weights": 2, "outputs": 0, "blocks": 7}}, max_steps=9)
+    assert sorted(set(done.frame("weights")["step"])) == [0, 2, 4, 6, 8]
+    assert done.table("outputs") is None
+    assert sorted(set(done.frame("blocks")["step"])) == [0, 1, 2, 3, 4, 7]
+
+
+def test_momentum_is_constant_under_one_cycle():
+    network = torch.nn.Linear(2, 2)
+    spec = RunSpec(momentum=0.8)
+    optimizer = make_optimizer(network, spec)
+    scheduler = make_scheduler(optimizer, spec, 10)
+    for _ in range(9):
+        assert optimizer.param_groups[0]["momentum"] == 0.8
+        optimizer.step()
+        scheduler.step()
+
+
 def test_accumulated_batches_make_the_gradient_of_one(run):
     """Without batch statistics, two halves accumulated are one whole."""
     keys = {"norm": "none", "padding": "circular", "weight_decay": 0.0}
@@ -131,7 +163,8 @@ def test_a_diverged_run_names_step_and_module(run):
     found = done.record["divergence"]
     steps = done.frame("steps")
     finite = np.isfinite(steps[["loss", "grad_norm"]].astype(float)).all(axis=1)
-    assert found["step"] == int(np.argmin(finite)) == len(steps) - 1 == done.record["steps"] - 1
+    assert found["step"] == int(np.argmin(finite)) == len(steps) - 1
+    assert done.record["steps"] == found["step"]  # the update of that step was not applied
     modules = set(done.frame("modules")["layer"])
     assert found["layer"] in modules
     assert set(done.frame("weights")["step"]) == set(range(len(steps)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from gradflow.data import Batches, Data, consumed_digest
@@ -112,7 +113,7 @@ def train(
         metrics = watch.final(trainer)
     flow.recorder.flush()
     return Outcome(
-        steps=module.updates,
+        steps=watch.updates,
         metrics=metrics,
         batches_digest=watch.digest,
         recorder_seconds=flow.recorder.seconds,
@@ -137,12 +138,20 @@ class _Watch(pl.Callback):
         self._spec, self._writer = module.spec, writer
         self._tracker, self._emit = tracker, emit
         self._per_epoch = module.spec.but(max_steps=None, epochs=1).updates(len(data.train))
+        self._data_digest = data.digest
         self._seen = module.start
         self.digest = ""  # of the batches trained on, see `consumed_digest`
         self.fit_seconds = 0.0
         self._epoch: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._test: tuple[int, dict[str, float]] | None = None  # updates made, metrics
         self._told = self._saved = self.began = time.monotonic()
+
+    @property
+    def updates(self) -> int:
+        """Updates that were applied: not that of the step at which the run diverged and ended."""
+        found, made = self.recorder.divergence, self._module.updates
+        ended = found is not None and self._spec.on_divergence == "stop"
+        return found.step if ended and found is not None and found.step == made - 1 else made
 
     @property
     def recorder(self) -> Recorder:
@@ -183,10 +192,10 @@ class _Watch(pl.Callback):
         seen = {"loss": float(losses.mean()), "accuracy": float(accuracies.mean())}
         self.recorder.evaluate("train_batches", **seen)
         test = self._evaluate(trainer, "test")
-        self._test = (self._module.updates, test)
+        self._test = (self.updates, test)
         self._tracker.log(
-            self._module.updates,
-            {"epoch": -(-self._module.updates // self._per_epoch)}
+            self.updates,
+            {"epoch": -(-self.updates // self._per_epoch)}
             | {f"train_batches_{name}": value for name, value in seen.items()}
             | {f"test_{name}": value for name, value in test.items()},
         )
@@ -195,15 +204,15 @@ class _Watch(pl.Callback):
         context = trainer.precision_plugin.forward_context()
         found = evaluate(self._module.network, getattr(self._data, split), context)
         self.recorder.evaluate(split, **found)
-        self._say("evaluation", step=self._module.updates, split=split, **found)
+        self._say("evaluation", step=self.updates, split=split, **found)
         return found
 
     def final(self, trainer: pl.Trainer) -> dict[str, float]:
         """Metrics of both splits at the final parameters; an epoch's end may have seen the test."""
         if self._epoch:
             self._end_epoch(trainer)
-        if self._test is None or self._test[0] != self._module.updates:
-            self._test = (self._module.updates, self._evaluate(trainer, "test"))
+        if self._test is None or self._test[0] != self.updates:
+            self._test = (self.updates, self._evaluate(trainer, "test"))
         both = {"train": self._evaluate(trainer, "train"), "test": self._test[1]}
         return {f"{s}_{name}": value for s, found in both.items() for name, value in found.items()}
 
@@ -223,6 +232,7 @@ class _Watch(pl.Callback):
             "part": self._writer.part,
             "seconds": self._writer.seconds,
             "fit_seconds": self.fit_seconds + self._saved - self.began,
+            "data": self._data_digest,
             "digest": self.digest,
             "epoch": self._epoch,
         }
@@ -254,8 +264,11 @@ def _interruptible() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
+    except SystemExit as error:
+        interrupted = isinstance(error, SIGTERMException)
+        if interrupted or isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise  # a network of the user's has called sys.exit
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

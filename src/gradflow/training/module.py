@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradflow.data import Batch
-from gradflow.seeding import derived_seed
+from gradflow.data import Batch, seed_step
 from gradflow.spec import RunSpec
 
 
@@ -62,8 +61,7 @@ class Classifier(pl.LightningModule):
         return loss
 
     def _forward(self, images: Tensor) -> Tensor:
-        # What a network draws at random depends on the step alone, not on what came before.
-        torch.manual_seed(derived_seed("step", self.spec.seed, self.updates, self._place))
+        seed_step(self.spec.seed, self.updates, self._place)
         return self.network(images)
 
     def repeat_forward(self) -> None:
