@@ -100,7 +100,6 @@ def test_layers_get_the_columns_of_their_modules() -> None:
     assert data["kind"].to_pylist() == [None, "x", None]
     unknown = schema.table("modules", {"layer": ["b"], "position": [8]})
     assert schema.with_modules(weights(), unknown)["position"].to_pylist() == [8, None, 8]
-    assert schema.with_modules(weights(), None) is not None
     steps = schema.table("steps", {"step": [0]})
     assert schema.with_modules(steps, modules).column_names == ["step"]
 
@@ -126,6 +125,17 @@ def test_files_are_written_whole_or_not_at_all(
         schema.write(weights(5), path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.glob("*.parquet")] == ["weights.parquet"]
+
+
+def test_rows_are_counted_by_the_footer(tmp_path: Path) -> None:
+    path = tmp_path / "weights.parquet"
+    schema.write(weights(), path)
+    assert schema.count(path) == 3
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(pa.ArrowInvalid):
+        schema.count(path)
+    with pytest.raises(FileNotFoundError):
+        schema.count(tmp_path / "none.parquet")
 
 
 def test_norms_are_stored_small(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from gradflow import load_runs, schema, store
 from gradflow.errors import StoreError
 from gradflow.spec import RunSpec
-from gradflow.store import Run, RunWriter, decode, encode, find, mark_dead, prepare
+from gradflow.store import CHECKPOINT, Run, RunWriter, decode, encode, find, mark_dead, prepare
 
 LAYERS = ["conv1", "bn1", "fc"]
 
@@ -210,6 +210,29 @@ def test_what_an_unfinished_attempt_left_is_removed(tmp_path: Path) -> None:
     assert Run(tmp_path).record.get("error") is None
 
 
+def test_a_stale_checkpoint_is_removed_with_its_parts(tmp_path: Path) -> None:
+    """Else a third attempt could go on from the first's checkpoint with the second's parts."""
+    writer = RunWriter(tmp_path, {})
+    writer.append("weights", weights(0))
+    (tmp_path / CHECKPOINT).touch()
+    writer.finish("failed")
+    RunWriter(tmp_path, {}, keep=lambda path: 1).finish("failed")
+    assert names(tmp_path) == [CHECKPOINT, "parts", "run.json", "spec.json"]
+    assert "tables" not in Run(tmp_path).record
+    RunWriter(tmp_path, {}).finish("failed")
+    assert names(tmp_path) == ["run.json", "spec.json"]
+
+
+def test_a_damaged_record_does_not_stop_what_can_go_on(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path, {})
+    writer.append("weights", weights(0))
+    (tmp_path / CHECKPOINT).touch()
+    writer.finish("failed")
+    (tmp_path / "run.json").write_text("{")
+    RunWriter(tmp_path, {}, keep=lambda path: 1).finish("done")
+    assert len(Run(tmp_path).frame("weights")) == 3
+
+
 def test_a_directory_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine.parquet").write_text("precious")
     for _ in range(2):  # and is not left locked
@@ -222,8 +245,7 @@ def test_a_directory_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_a_writer_that_cannot_begin_leaves_no_lock(tmp_path: Path) -> None:
-    write(tmp_path, {})
-    (tmp_path / "weights.parquet").unlink()
+    RunWriter(tmp_path, {}).finish("failed")
     (tmp_path / "weights.parquet").mkdir()
     with pytest.raises(StoreError, match="cannot be written") as caught:
         RunWriter(tmp_path, {})
@@ -487,3 +509,164 @@ def test_stores_are_read_together_and_a_run_alone(tmp_path: Path) -> None:
     assert [run.path.name for run in both] == ["a", "b"]
     assert both.problems == []
     assert [run.path.name for run in load_runs(tmp_path / "one" / "a")] == ["a"]
+
+
+# --- what guards reuse, and what is not replaced --------------------------------------------------
+
+
+def finished(path: Path, **options: str) -> Path:
+    with RunWriter(path, {"seed": 0}, **options) as writer:
+        writer.write("modules", schema.table("modules", {"layer": ["a", "b"], "position": [0, 1]}))
+        writer.append("weights", weights(0))
+    return path
+
+
+def test_a_finished_run_whose_tables_are_damaged_is_not_reused(tmp_path: Path) -> None:
+    spec = RunSpec()
+    with RunWriter(tmp_path / spec.name, spec.to_dict()) as writer:
+        writer.append("weights", weights(0))
+    path = tmp_path / spec.name
+    assert find(tmp_path, spec) is not None
+    assert Run(path).record["tables"] == {"weights": len(weights(0))}
+    whole = (path / "weights.parquet").read_bytes()
+    (path / "weights.parquet").write_bytes(whole[: len(whole) // 2])
+    assert find(tmp_path, spec) is None
+    (path / "weights.parquet").unlink()
+    assert find(tmp_path, spec) is None
+    schema.write(weights(0).slice(0, 1), path / "weights.parquet")
+    assert find(tmp_path, spec) is None
+    record = Run(path).record
+    del record["tables"]  # as older runs are
+    (path / "run.json").write_text(json.dumps(record))
+    assert find(tmp_path, spec) is not None
+    write(tmp_path, spec)  # computed again, over what was left
+    found = find(tmp_path, spec)
+    assert found is not None
+    assert found.record["tables"] == {"modules": 3, "weights": 6, "steps": 2}
+
+
+def test_a_finished_record_of_a_users_loop_is_not_replaced(tmp_path: Path) -> None:
+    finished(tmp_path / "mine", origin="external")
+    with pytest.raises(StoreError, match="mine: holds a finished run; save elsewhere"):
+        RunWriter(tmp_path / "mine", {}, origin="external")
+    ours = finished(tmp_path / "ours")
+    RunWriter(ours, {}).finish("failed")
+    with pytest.raises(StoreError, match="ours: holds a run of another origin"):
+        RunWriter(ours, {}, origin="external")
+    assert Run(tmp_path / "mine").status == "done"
+    (tmp_path / "mine" / "run.json").write_text('{"status": "done",}')  # edited by hand
+    with pytest.raises(StoreError, match=r"run\.json: unreadable"):
+        RunWriter(tmp_path / "mine", {}, origin="external")
+    assert len(pq.read_table(tmp_path / "mine" / "weights.parquet")) == 3
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", "running"])
+def test_an_unfinished_record_is_replaced_by_its_own_kind_alone(
+    status: str, tmp_path: Path
+) -> None:
+    for spec, path, own, other in (
+        ({"depth": 1}, tmp_path / "mine", "external", "gradflow"),
+        (RunSpec(), tmp_path, "gradflow", "external"),
+    ):
+        path = write(path, spec, status=status).path
+        with pytest.raises(StoreError, match="holds a run of another origin; save elsewhere"):
+            RunWriter(path, {}, origin=other)
+        assert len(Run(path).frame("weights")) == 6
+        RunWriter(path, {}, origin=own).finish("done")
+        assert Run(path).frame("weights").empty
+
+
+def test_layers_without_their_modules_are_named(tmp_path: Path) -> None:
+    path = finished(tmp_path / "run")
+    run = Run(path)
+    assert run.with_modules("weights")["position"].tolist()[:2] != [None, None]
+    assert run.with_modules("modules").equals(run.frame("modules"))
+    (path / "modules.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match="modules unreadable"):
+        run.with_modules("weights")
+    (path / "modules.parquet").unlink()
+    with pytest.raises(StoreError, match=r"modules\.parquet: missing"):
+        Run(path).with_modules("weights")
+    runs = load_runs(tmp_path)
+    assert runs.weights().empty
+    assert "modules.parquet: missing" in runs.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("metrics", {"train_loss": "low"}),
+        ("metrics", {"test_accuracy": None}),
+        ("metrics", {"test_accuracy": True}),
+        ("metrics", None),
+        ("certificate", None),
+        ("certificate", {"parameter_count": "many"}),
+        ("certificate", {"parameters": []}),
+        ("environment", []),
+        ("environment", {"versions": ["torch"]}),
+        ("environment", {"git": "main"}),
+        ("origin", None),
+        ("seconds", "long"),
+        ("error", ["a", "b"]),
+        ("divergence", 3),
+        ("resumed", {}),
+        ("tables", [3]),
+        ("status", 3),
+    ],
+)
+def test_a_record_of_wrong_types_is_named_and_passed_over(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    path = finished(tmp_path / "run")
+    record = json.loads((path / "run.json").read_text()) | {name: value}
+    (path / "run.json").write_text(json.dumps(record))
+    runs = load_runs(tmp_path)
+    assert len(runs) == 0
+    (problem,) = runs.problems
+    assert problem.startswith(
+        f"{path / 'run.json'}: unreadable ({'no ' * (name == 'status')}{name}"
+    )
+
+
+def test_what_a_record_may_leave_open(tmp_path: Path) -> None:
+    nulls = {"recorder_share": None, "error": None, "divergence": None, "steps": None}
+    for name, record in (("bare", {}), ("null", nulls | {"environment": {"git": None}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"status": "done"} | record))
+        (tmp_path / name / "spec.json").write_text("{}")
+    runs = load_runs(tmp_path)
+    assert runs.problems == []
+    assert runs.runs["steps"].isna().tolist() == [True, True]
+
+
+def test_one_name_in_two_stores_is_two_runs_and_one_directory_counts_once(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        finished(tmp_path / place / "run", origin="external")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    again = [tmp_path / "a", f"{tmp_path}/b/../a", tmp_path / "link", tmp_path / "b" / "run"]
+    both = load_runs(tmp_path / "a", tmp_path / "b", *again)
+    assert len(both) == 2
+    assert both.runs["run_id"].nunique() == both.weights()["run_id"].nunique() == 2
+    assert Run(tmp_path / "link" / "run").run_id == both.runs["run_id"].tolist()[0]
+
+
+def test_huge_numbers_in_meta_are_text(tmp_path: Path) -> None:
+    write(tmp_path / "a", {"depth": 10**30, "seed": 10**20, "lr": 0.5})
+    write(tmp_path / "b", {"depth": "deep", "seed": 1, "lr": 10**30}, steps=10**20)
+    runs = load_runs(tmp_path)
+    for frame in (runs.runs, runs.steps().drop_duplicates("run_id")):
+        assert frame["depth"].tolist() == [str(10**30), "deep"]
+        assert frame["seed"].tolist() == [str(10**20), "1"]
+        assert frame["lr"].tolist() == ["0.5", str(10**30)]
+
+
+def test_nothing_recorded_is_an_empty_frame_with_its_columns(tmp_path: Path) -> None:
+    RunWriter(tmp_path / "run", {}).finish("done")
+    frame = load_runs(tmp_path).weights("weight_grad_norm")
+    types = {name: str(dtype) for name, dtype in frame.dtypes.items()}
+    assert types == {
+        "run_id": "string[pyarrow]", "step": "int32[pyarrow]", "layer": "category",
+        "weight_grad_norm": "double[pyarrow]",
+    }  # fmt: skip
+    assert frame.empty
+    assert list(load_runs(tmp_path).steps()) == ["run_id", "step"]

@@ -91,14 +91,19 @@ def read(path: Path) -> pa.Table:
     return pq.read_table(path, memory_map=False)
 
 
+def count(path: Path) -> int:
+    """Rows of the table in one file, by its footer alone. Raises as `read` does."""
+    return pq.read_metadata(path).num_rows
+
+
 def concatenate(parts: list[pa.Table]) -> pa.Table:
     """Parts of one table as one; a column that a part lacks is null there."""
     return pa.concat_tables(parts, promote_options="permissive").unify_dictionaries()
 
 
-def with_modules(data: pa.Table, modules: pa.Table | None) -> pa.Table:
+def with_modules(data: pa.Table, modules: pa.Table) -> pa.Table:
     """A table of layers, each row with the columns of its module; any other table as it is."""
-    if modules is None or "layer" not in data.column_names:
+    if "layer" not in data.column_names:
         return data
     order = pc.index_in(data["layer"].cast(pa.string()), modules["layer"])
     for label in modules.column_names[1:]:

@@ -3,11 +3,13 @@
 A run is one directory, described in `schema` and here:
 
     spec.json           what defines the run, defaults written out (a user's `meta` if external)
-    run.json            status, times, environment, match certificate, metrics, error
+    run.json            status, times, environment, match certificate, metrics, error, and how many
+                        rows each table has once the run has ended
     modules.parquet     one row a module or block
     <table>.parquet     weights, outputs, blocks, steps, evaluations, probes; none if it has no rows
     parts/              until finished: <table>-<number>.parquet, merged at the end
     checkpoint.pt       until finished: what the run goes on from
+    metrics.csv, wandb/ a logger's mirror, if asked for; see `tracking`
 
 Every file is written under a temporary name and renamed, so that a kill at any moment leaves a
 readable run. A run's directory is locked while its process lives (`flock`, which dies with it).
@@ -25,7 +27,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Self
 
 import pandas as pd
@@ -46,6 +48,20 @@ CORE_FIELDS = ("network", "depth", "skip", "seed", "data", "lr")
 """Fields that every table of `Runs` carries, beside those in which its runs differ."""
 
 _KEPT = ("started", "environment", "resumed")  # of run.json, where an attempt is gone on with
+_TYPES: dict[str, tuple[type, ...]] = {
+    "origin": (str,),
+    "error": (str, NoneType),
+    "divergence": (dict, NoneType),
+    "resumed": (list,),
+    **dict.fromkeys(("metrics", "certificate", "environment", "tables"), (dict,)),
+    **dict.fromkeys(("steps", "started", "seconds", "recorder_share"), (int, float, NoneType)),
+    **dict.fromkeys((f"metrics.{name}" for name in METRICS), (int, float)),
+    "certificate.parameter_count": (int,),
+    "certificate.parameters": (dict,),
+    "environment.versions": (dict,),
+    "environment.git": (dict, NoneType),
+}
+"""What stands in run.json, where it stands there: all that is used of it."""
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -92,6 +108,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return decode(value)
 
 
+def _read_record(directory: Path) -> dict[str, Any]:
+    """The content of run.json. Raises StoreError where it is missing or not what it should be."""
+    path = directory / "run.json"
+    record = _read_json(path)
+    if record.get("status") not in STATUSES:
+        raise StoreError(f"{path}: unreadable (no status)")
+    for label, types in _TYPES.items():
+        part, _, name = label.rpartition(".")
+        values = record.get(part, {}) if part else record
+        if name in values and type(values[name]) not in types:
+            raise StoreError(f"{path}: unreadable ({label} has a wrong type)")
+    return record
+
+
 # --- writing --------------------------------------------------------------------------------------
 
 
@@ -99,8 +129,8 @@ class RunWriter:
     """Writes one run; a context manager that leaves the run with the status of how it ended.
 
     Args:
-        path: the run's directory; made, and locked until the writer is closed. What an earlier,
-            unfinished attempt left in it is removed.
+        path: the run's directory; made, and locked until the writer is closed. What an earlier
+            attempt left in it is removed.
         spec: the content of spec.json.
         origin: `gradflow`, or `external` for a record of somebody's own loop.
         keep: asked, under the lock, how many of the parts that an earlier attempt wrote belong to
@@ -112,8 +142,8 @@ class RunWriter:
         spent: seconds that the attempt gone on with had taken.
 
     Raises:
-        StoreError: the directory cannot be written, holds something else than a run, or another
-            process is at work in it.
+        StoreError: the directory cannot be written, holds something else than a run, a run of the
+            other origin or a finished external one, or another process is at work in it.
     """
 
     def __init__(
@@ -128,29 +158,45 @@ class RunWriter:
         self._parts = self.path / "parts"
         self._opened, self.spent = time.time(), 0.0
         self.record: dict[str, Any] = {"origin": origin, "status": "running"}
-        try:
+        with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path, patience=0.5)
             try:
+                earlier = self._earlier(origin)
                 self.part = keep(self.path)
                 self._clear()
                 if self.part:
-                    earlier = _read_json(self.path / "run.json")
                     self.record |= {name: earlier[name] for name in _KEPT if name in earlier}
                 _write_json(self.path / "spec.json", spec)
                 self.update(started=self.record.get("started", self._opened))
             except BaseException:
                 os.close(self._lock)
                 raise
+
+    def _earlier(self, origin: str) -> dict[str, Any]:
+        """The run.json of what is replaced, or gone on with; StoreError if that must not be."""
+        if not (self.path / "run.json").exists():
+            foreign = any(not path.name.startswith(".") for path in self.path.iterdir())
+            if foreign and not (self.path / "spec.json").exists():
+                raise StoreError(f"{self.path}: holds other files, and no run")
+            return {}
+        try:
+            earlier = _read_record(self.path)
         except StoreError:
-            raise
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be written ({error.strerror})") from None
+            if origin == "external":  # of unknown status: not ours to remove
+                raise
+            return {}
+        if earlier.get("origin") != origin:
+            held = "a run of another origin"
+        elif origin == "external" and earlier["status"] in FINISHED:
+            held = "a finished run"
+        else:
+            return earlier
+        raise StoreError(f"{self.path}: holds {held}; save elsewhere or remove it")
 
     def _clear(self) -> None:
-        ours = any((self.path / name).exists() for name in ("spec.json", "run.json"))
-        if not ours and any(not path.name.startswith(".") for path in self.path.iterdir()):
-            raise StoreError(f"{self.path}: holds other files, and no run")
+        if not self.part:
+            (self.path / CHECKPOINT).unlink(missing_ok=True)
         # From the last on, so that a kill in the middle leaves a whole beginning.
         for path in sorted(self._parts.glob("*.parquet"), key=_part_number, reverse=True):
             if _part_number(path) > self.part:
@@ -197,10 +243,8 @@ class RunWriter:
         The parts are merged and the checkpoint removed, but for a run that can go on from there.
         """
         goes_on = status not in FINISHED and (self.path / CHECKPOINT).exists()
-        for name in () if goes_on else schema.KEYS:
-            data = _read_parts(self._parts, name)
-            if data is not None:
-                schema.write(data, self.path / f"{name}.parquet")
+        if not goes_on:
+            fields["tables"] = self._merge()
         ended = time.time()
         self.update(status=status, ended=ended, seconds=self.seconds, **fields)
         if not goes_on:
@@ -208,10 +252,32 @@ class RunWriter:
             (self.path / CHECKPOINT).unlink(missing_ok=True)
         os.close(self._lock)
 
+    def _merge(self) -> dict[str, int]:
+        """Each table becomes one file; the rows of each."""
+        rows = {}
+        for name in schema.KEYS:
+            path, data = self.path / f"{name}.parquet", _read_parts(self._parts, name)
+            if data is not None:
+                schema.write(data, path)
+            if path.exists():
+                rows[name] = schema.count(path)
+        return rows
+
     @property
     def seconds(self) -> float:
         """Time spent on the run so far, without what was lost or paused between attempts."""
         return self.spent + time.time() - self._opened
+
+
+@contextlib.contextmanager
+def _writing(label: object) -> Iterator[None]:
+    """What the system refuses becomes a StoreError of one line."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{label}: cannot be written ({error.strerror})") from None
 
 
 def _lock(path: Path, patience: float = 0.0) -> int:
@@ -241,13 +307,11 @@ def _read_parts(directory: Path, name: str) -> pa.Table | None:
 def prepare(runs_dir: str | Path) -> Path:
     """The store's directory, made if missing. Raises StoreError where it cannot be written."""
     path = Path(runs_dir)
-    try:
+    with _writing(f"runs_dir={path}"):
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise StoreError(f"runs_dir={path}: cannot be written ({error.strerror})") from None
     return path
 
 
@@ -258,25 +322,23 @@ class Run:
     """One run of a store, finished or not. Reads run.json and spec.json at once, tables on demand.
 
     Raises:
-        StoreError: one of the two is missing or unreadable.
+        StoreError: one of the two is missing, unreadable, or has a field of a wrong type.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.record = _read_json(self.path / "run.json")
+        self.record = _read_record(self.path)
         self.spec = _read_json(self.path / "spec.json")
-        if self.record.get("status") not in STATUSES:
-            raise StoreError(f"{self.path / 'run.json'}: unreadable (no status)")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.status})"
 
     @property
     def run_id(self) -> str:
-        """The hash at the end of the directory's name; for an external run a hash of its name."""
+        """The hash at the end of the directory's name; for an external run a hash of its path."""
         if self.record.get("origin") == "gradflow":
             return self.path.name.rsplit("-", 1)[-1]
-        return hashlib.sha256(self.path.name.encode()).hexdigest()[:10]
+        return hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:10]
 
     @property
     def status(self) -> str:
@@ -325,23 +387,34 @@ class Run:
         return pd.DataFrame() if data is None else schema.to_pandas(data)
 
     def with_modules(self, name: str) -> pd.DataFrame:
-        """A table of layers, each row with its module's position, kind, stage, shape, …"""
+        """A table of layers, each row with its module's position, kind, stage, shape, …
+
+        Raises:
+            StoreError: the table, or modules.parquet, is damaged or missing.
+        """
         data = self.table(name)
-        if data is None:
-            return pd.DataFrame()
-        return schema.to_pandas(schema.with_modules(data, self.table("modules")))
+        return pd.DataFrame() if data is None else schema.to_pandas(self._located(name, data))
+
+    def _located(self, name: str, data: pa.Table) -> pa.Table:
+        """Rows of the table `name` with the columns of their modules, if it is one of layers."""
+        if name == "modules" or "layer" not in schema.KEYS[name]:
+            return data
+        modules = self.table("modules")
+        if modules is None:
+            raise StoreError(f"{self.path / 'modules.parquet'}: missing")
+        return schema.with_modules(data, modules)
 
 
 def find(runs_dir: str | Path, spec: RunSpec) -> Run | None:
-    """The finished run of this spec, if the store has it and it is what its name says."""
-    path = Path(runs_dir) / spec.name
-    if not path.is_dir():
+    """The finished run of this spec, if the store has it whole and it is what its name says."""
+    try:
+        run = Run(Path(runs_dir) / spec.name)
+        left = run.record.get("tables", {})
+        found = {name: schema.count(run.path / f"{name}.parquet") for name in left}
+    except (OSError, pa.ArrowException):  # a StoreError is an OSError
         return None
-    with contextlib.suppress(StoreError):
-        run = Run(path)
-        if run.status in FINISHED and run.spec == decode(encode(spec.to_dict())):
-            return run
-    return None
+    same = run.spec == decode(encode(spec.to_dict()))
+    return run if run.status in FINISHED and same and found == left else None
 
 
 def mark_dead(path: str | Path, status: str, error: str) -> None:
@@ -353,20 +426,17 @@ def mark_dead(path: str | Path, status: str, error: str) -> None:
     path = Path(path)
     if not (path / "run.json").exists():
         return
-    try:
-        handle = _lock(path)
-    except StoreError:
-        return
-    try:
-        record = Run(path).record
-        if record["status"] == "running":
-            _write_json(path / "run.json", record | {"status": status, "error": error})
-    except OSError as problem:
-        if isinstance(problem, StoreError):
-            raise
-        raise StoreError(f"{path}: cannot be written ({problem.strerror})") from None
-    finally:
-        os.close(handle)
+    with _writing(path):
+        try:
+            handle = _lock(path)
+        except StoreError:
+            return
+        try:
+            record = _read_record(path)
+            if record["status"] == "running":
+                _write_json(path / "run.json", record | {"status": status, "error": error})
+        finally:
+            os.close(handle)
 
 
 # --- reading many ---------------------------------------------------------------------------------
@@ -429,6 +499,10 @@ class Runs:
             quantity: one column alone, without the rows in which it was not measured.
             fields: which of the spec's fields; by default `network, depth, skip, seed, data, lr`
                 and all in which the runs differ.
+
+        Returns:
+            One row a recorded row; where there is none, no row and only `run_id`, the table's keys
+            and the quantity as columns. Runs whose files are damaged are named in `problems`.
         """
         chosen = self._varying() if fields is None else list(fields)
         values = {f: _array([self._columns[run.path].get(f) for run in self]) for f in chosen}
@@ -441,7 +515,9 @@ class Runs:
                 if str(error) not in self.problems:
                     self.problems.append(str(error))
         present = [part for part in parts if part is not None]
-        return schema.to_pandas(schema.concatenate(present)) if present else pd.DataFrame()
+        return schema.to_pandas(
+            schema.concatenate(present) if present else _no_rows(name, quantity)
+        )
 
     def _part(
         self, run: Run, name: str, quantity: str | None, described: Mapping[str, pa.Scalar]
@@ -452,8 +528,7 @@ class Runs:
         if quantity is not None:
             data = data.select([*schema.KEYS[name], quantity])
             data = data.filter(pc.is_valid(data[quantity]))
-        if name != "modules" and "layer" in schema.KEYS[name]:
-            data = schema.with_modules(data, run.table("modules"))
+        data = run._located(name, data)
         row = {"run_id": pa.scalar(run.run_id), **described}
         for label, value in reversed(row.items()):
             if label not in data.column_names:
@@ -512,11 +587,18 @@ class Runs:
         return found
 
 
+def _no_rows(name: str, quantity: str | None) -> pa.Table:
+    types = {"run_id": pa.string(), **schema.KEYS[name]}
+    if quantity is not None:
+        types[quantity] = pa.float64()
+    return pa.schema(list(types.items())).empty_table()
+
+
 def _array(values: list[Any]) -> pa.Array:
-    """One type for all: text where a user's `meta` mixes numbers and words."""
+    """One type for all: text where a user's `meta` mixes numbers and words, or has huge numbers."""
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return pa.array([None if value is None else str(value) for value in values])
 
 
@@ -528,10 +610,11 @@ def _column(values: list[Any]) -> Any:
 def load_runs(*runs_dirs: str | Path) -> Runs:
     """All runs below the given stores (default `runs`), finished or not, ours or a user's.
 
-    A directory without run.json and spec.json that can be read is passed over and named in
-    `problems`. Raises StoreError where a given directory does not exist.
+    A directory that is given twice counts once. One without run.json and spec.json that can be
+    read is passed over and named in `problems`. Raises StoreError where a given directory does not
+    exist.
     """
-    members, problems = [], []
+    paths: dict[Path, Path] = {}
     for directory in map(Path, runs_dirs or ("runs",)):
         if not directory.is_dir():
             raise StoreError(f"{directory}: no such directory of runs")
@@ -539,10 +622,13 @@ def load_runs(*runs_dirs: str | Path) -> Runs:
             [directory] if (directory / "run.json").exists() else _subdirectories(directory)
         )
         for path in candidates:
-            try:
-                members.append(Run(path))
-            except StoreError as error:
-                problems.append(str(error))
+            paths.setdefault(path.resolve(), path)
+    members, problems = [], []
+    for path in paths.values():
+        try:
+            members.append(Run(path))
+        except StoreError as error:
+            problems.append(str(error))
     return Runs(members, problems)
 
 
