@@ -37,3 +37,10 @@ def test_all_other_commands_are_understood(line):
     arguments = shlex.split(line, comments=True)
     if "--help" not in arguments:
         assert cli._configure(arguments)
+
+
+def test_every_picture_is_there():
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert (Path(__file__).resolve().parents[1] / picture).is_file()
