@@ -202,7 +202,7 @@ def test_ctrl_c_leaves_an_interrupted_run_that_can_be_read(tmp_path):
     [run] = load_runs(tmp_path / "runs")
     assert run.status == "interrupted"
     steps = run.frame("steps")
-    assert len(steps) > 200
+    assert len(steps) >= 22  # an epoch, at whose end the first checkpoint flushes
     assert list(steps["step"]) == list(range(len(steps)))
 
 

@@ -57,7 +57,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("steps", "started", "seconds", "recorder_share"), (int, float, NoneType)),
     **dict.fromkeys((f"metrics.{name}" for name in METRICS), (int, float)),
     "certificate.parameter_count": (int,),
-    "certificate.parameters": (dict,),
+    "certificate.parameters": (dict, NoneType),
     "environment.versions": (dict,),
     "environment.git": (dict, NoneType),
 }
