@@ -1,6 +1,7 @@
 """The page: self-contained, escaped, equal to the store, and there whatever the store holds."""
 
 import base64
+import json
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import pandas as pd
 import pytest
 import report_store
 
-from gradflow import captions, plots, report, store
+from gradflow import captions, cli, plots, report, schema, store
 from gradflow.errors import GradflowError
 from gradflow.spec import RunSpec
 from gradflow.store import Run, load_runs
@@ -125,9 +126,8 @@ def test_numbers_on_the_page_equal_the_store(whole):
         count = run.record.get("certificate", {}).get("parameter_count")
         assert row[3] == (f"{count:,}" if count else "")
         assert row[6] == ("1.2%" if "recorder_share" in run.record else "")
-    assert ["56", "0.500 ± 0.248 (3 seeds)", "0.992 ± 0.015 (4 seeds)",
-            "+0.490 ± 0.237 (3 seeds)",
-            "3 of 4; not matched: batches differ (6 and 12 steps)"] in page.rows  # fmt: skip
+    assert ["56", "0.500±0.248, 1 of 4 diverged", "0.992±0.015", "+0.490±0.237", "3/4",
+            "3 of 3"] in page.rows  # fmt: skip
     assert "residual networks is lower than that of plain ones by 0.490 ± 0.237 (3 seeds)." in text
     assert ["56", "plain", "1.210×", "exploding", "4 of 4", "2.95e4"] in page.rows
 
@@ -159,6 +159,7 @@ def test_captions_name_the_conditions_and_what_is_seen(whole):
     for words in ("learning rate 0.02", "one-cycle schedule", "batch 64", "6 and 12 updates",
                   "seeds 0, 1, 2, 3 and 4", "digits"):  # fmt: skip
         assert words in first
+    assert "Crosses at the upper edge: runs that diverged" in first
     assert any("5 values are exactly zero" in c for c in captions_)
     assert any("56 are NaN or Inf" in c for c in captions_)
     seen = "Norm at the first convolution over that at the last: depth 20 30.9 (plain), 7.85"
@@ -243,11 +244,60 @@ def test_a_damaged_table_costs_its_run_that_part_alone(tmp_path, fast):
 
 
 def test_a_run_given_twice_counts_once(tmp_path):
-    report_store.write_run(tmp_path / "runs", depth=8, skip="none")
-    shutil.copytree(tmp_path / "runs", tmp_path / "copy")
-    found = report.gather(load_runs(tmp_path / "runs", tmp_path / "copy"))
+    path = report_store.write_run(tmp_path / "runs", depth=8, skip="none")
+    copy = shutil.copytree(path, tmp_path / "others" / path.name)
+    found = report.gather(load_runs(tmp_path / "runs", tmp_path / "others"))
     assert len(found.overview) == 1
-    assert any("passed over, the same run as" in line for line in found.problems)
+    assert found.problems == [f"{copy}: the same run as {path}"]
+
+
+def test_initialisation_alone_has_no_final_error_to_miss(tmp_path, fast):
+    report_store.write_vanishing(tmp_path / "runs")
+    _, text = only(tmp_path / "runs", tmp_path)
+    assert "None: every run was read" in text
+
+
+def test_a_run_without_its_modules_is_named(tmp_path, fast, capsys):
+    path = report_store.write_run(tmp_path / "runs", depth=8, skip="none")
+    (path / "modules.parquet").unlink()
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
+    line = f"{path}/modules.parquet: missing"
+    assert capsys.readouterr().err == f"passed over: {line}\n"
+    assert line in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [{"metrics": {"train_accuracy": "high"}}, {"certificate": None}])
+def test_a_run_whose_record_is_of_wrong_types_is_passed_over(tmp_path, fast, capsys, change):
+    report_store.write_run(tmp_path / "runs", 0.25, depth=8, skip="none")
+    path = report_store.write_run(tmp_path / "runs", 0.5, depth=8, skip="none", seed=1)
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(record | change))
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"passed over: {path}/run.json: unreadable")
+    assert re.search(r"^8 +0\.750 +1$", printed.out, re.MULTILINE)
+
+
+def test_layers_of_one_arm_alone_leave_the_profile(tmp_path, fast):
+    report_store.write_run(tmp_path / "runs", depth=8, skip="none")
+    own = ("extra.weight", "conv1.bias")  # a layer, and no more than a parameter
+    path = report_store.write_run(tmp_path / "runs", depth=8, skip="identity", extra=own)
+    modules = report_store.cifar_modules(8)
+    modules.insert(1, modules[0] | {"layer": "extra"})
+    modules = [row | {"position": place} for place, row in enumerate(modules)]
+    schema.write(report_store.table_of("modules", modules), path / "modules.parquet")
+    columns = report_store.weight_columns(modules, range(1), 8, "identity", 0)
+    schema.write(schema.table("weights", columns), path / "weights.parquet")
+    profiles = report.gather(load_runs(tmp_path / "runs")).profiles
+    chains = [
+        part["layer"].tolist()
+        for _, part in profiles[profiles["family"] == "weights"].groupby(["run_id", "step"])
+    ]
+    assert len(set(map(tuple, chains))) == 1
+    assert len(chains[0]) == 8
+    assert profiles[profiles["family"] == "aside"]["layer"].tolist() == ["extra"]
+    _, text = only(tmp_path / "runs", tmp_path)
+    assert "1 modules of the skips" in text
 
 
 def test_an_older_report_is_replaced_and_nothing_else(tmp_path, fast):
@@ -298,18 +348,24 @@ def test_the_comparison_as_text(tmp_path):
     report_store.write_pairs(tmp_path)
     lines = report.comparison(load_runs(tmp_path)).splitlines()
     cells = [re.split("  +", line) for line in lines]
-    assert cells[0] == ["depth", "plain", "residual", "difference", "matched"]
-    assert cells[2] == [
-        "20", *["1.000 (3 seeds agree)"] * 2, "+0.000 (3 seeds agree)", "3 of 3",
-    ]  # fmt: skip
-    assert cells[3] == [
-        "56", "0.500 ± 0.248 (3 seeds)", "0.990 ± 0.025 (3 seeds)", "+0.490 ± 0.237 (3 seeds)",
-        "3 of 3",
-    ]  # fmt: skip
+    assert cells[0] == ["depth", "plain", "residual", "difference", "seeds", "matched"]
+    assert cells[2] == ["20", "1.000", "1.000", "+0.000", "3", "3 of 3"]
+    assert cells[3] == ["56", "0.500±0.248", "0.990±0.025", "+0.490±0.237", "3", "3 of 3"]
     assert lines[3].index("+0.490") == lines[0].index("difference")
     assert lines[-1] == (
-        "training accuracy in evaluation mode; difference of paired seeds, 95 % t interval"
+        "training accuracy, evaluation mode; ± 95 % t interval over seeds, if they differ"
     )
+
+
+def test_the_comparison_fits_a_terminal(tmp_path):
+    report_store.write_pairs(tmp_path)
+    for seed, error in ((0, 0.2), (1, 0.3)):
+        report_store.write_run(tmp_path, error, depth=110, skip="none", seed=seed)
+        report_store.write_run(tmp_path, error / 2, depth=110, skip="identity", seed=seed)
+    report_store.write_run(tmp_path, None, depth=110, skip="none", seed=2, status="diverged")
+    text = report.comparison(load_runs(tmp_path))
+    assert "0.750±0.635, 1 of 3 diverged" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def parse(line):
@@ -355,6 +411,38 @@ def test_commands_repeat_exactly_the_runs(tmp_path, keys):
     assert sum(map(len, asked)) == len(specs)
 
 
+AWKWARD = [
+    "a b,c=d", "", "true", "NULL", "nan", "1", "1e5", "it's", 'say "x"', "end\\", "\\'", "\\\n",
+    "-1", "${depth}", "\\${a}", "[1,2]", "{a:b}", "glob(*)", "#c", " lead ", "é", "x:y/z.w", "???",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *(
+            {"data": {"name": "files", "root": root}}
+            for root in ("/my data", "a,b", "a=b", "it's\\")
+        ),
+        {"network": {"target": "a.b", "args": {"words": AWKWARD, "nested": {"a b:c": AWKWARD[0]}}}},
+        {
+            "network": {
+                "target": "a.b",
+                "args": {"x": 1.0, "y": 1, "z": 1e-7, "n": None, "f": False},
+            }
+        },
+        {"lr": 1e-5, "momentum": 0.0, "weight_decay": 1 / 3},
+    ],
+)
+def test_commands_quote_what_hydra_would_read_otherwise(tmp_path, keys):
+    specs = [RunSpec(**keys, seed=seed) for seed in (0, 1)]
+    for spec in specs:
+        with store.RunWriter(tmp_path / spec.name, spec.to_dict()):
+            pass
+    (line,) = captions.commands(load_runs(tmp_path))
+    assert [spec for spec, _ in cli._configure(shlex.split(line)[3:])] == specs
+
+
 def test_commands_are_short(tmp_path):
     report_store.write_pairs(tmp_path)
     (line,) = captions.commands(load_runs(tmp_path))
@@ -371,7 +459,7 @@ def test_the_command_line_writes_and_names_what_it_passed_over(tmp_path, capsys,
     assert report.main([str(tmp_path / "runs"), "--out", str(out)]) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == str(out / "index.html")
-    assert "0.750 (one seed)" in printed.out
+    assert re.search(r"^8 +0\.750 +1$", printed.out, re.MULTILINE)
     assert printed.err.count("\n") == 1
     assert "cifar-20-none-s9-0000000000/run.json: unreadable" in printed.err
 
@@ -381,7 +469,7 @@ def test_the_report_as_text_writes_nothing(tmp_path, capsys, monkeypatch):
     report_store.write_store(tmp_path / "runs")
     assert report.main(["--text"]) == 0
     text = capsys.readouterr().out
-    assert "0.500 ± 0.248 (3 seeds)" in text
+    assert "0.500±0.248, 1 of 4 diverged" in text
     assert "56     plain     1.210×                    exploding" in text
     assert "cifar-20-none-s9-0000000000/run.json: unreadable" in text
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -1,5 +1,6 @@
 """Rates, intervals, pairs and certificates against closed forms and slow references."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,8 @@ import pyarrow as pa
 import pytest
 import report_store
 
-from gradflow import tables
+from gradflow import captions, plots, tables
+from gradflow.errors import StoreError
 from gradflow.store import Run, RunWriter, load_runs
 from gradflow.tables import Rate, fit_rate, interval
 
@@ -209,6 +211,35 @@ def test_runs_that_differ_in_other_keys_are_never_mixed(tmp_path):
     assert row["mean"].tolist() == [pytest.approx(0.9)]
 
 
+def test_what_is_recorded_sets_no_runs_apart(tmp_path):
+    report_store.write_run(tmp_path, 0.3, depth=20, skip="none", record="all")
+    report_store.write_run(tmp_path, 0.1, depth=20, skip="identity", on_divergence="continue",
+                           record={"every": {"weights": 3, "outputs": 4, "blocks": 5}})  # fmt: skip
+    runs, frame = read(tmp_path)
+    assert set(frame["group"]) == {0}
+    assert tables.pairs(runs, frame)["train_difference"].tolist() == [pytest.approx(0.2)]
+
+
+def test_of_a_run_recorded_twice_the_one_with_a_result_is_compared(tmp_path):
+    report_store.write_run(tmp_path, 0.3, depth=20, skip="none")
+    later = report_store.write_run(
+        tmp_path, None, depth=20, skip="none", record="all", status="interrupted"
+    )
+    _, frame = read(tmp_path)
+    assert frame.set_index("path").loc[str(later), "match"].startswith("not compared: repeated by")
+    assert tables.degradation(frame)["mean"].tolist()[1] == pytest.approx(0.3)
+
+
+def test_what_users_write_into_their_spec_ends_nothing(tmp_path):
+    meta = {"depth": math.inf, "network_args": "wide", "seed": None}
+    path = report_store.write_external(tmp_path, "odd", meta)
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(record | {"steps": 2.5}))
+    _, frame = read(tmp_path)
+    assert frame["depth"].isna().all()
+    assert frame["steps"].tolist() == [2]
+
+
 def test_groups_are_told_by_what_differs():
     one = {"origin": "gradflow", "network": "cifar", "lr": 0.02, "clip": None, "norm": "batch"}
     assert tables.group_titles([one]) == [""]
@@ -240,13 +271,46 @@ def test_the_comparison_in_words(tmp_path):
     runs, frame = read(tmp_path)
     table = tables.comparison(frame, tables.pairs(runs, frame))
     assert table.drop(columns=["group", "title"]).to_dict("records") == [
-        {"depth": 20, "arm": "residual", "plain": "1.000 (3 seeds agree)",
-         "other": "1.000 (3 seeds agree)", "difference": "+0.000 (3 seeds agree)",
-         "matched": "3 of 3"},
-        {"depth": 56, "arm": "residual", "plain": "0.500 ± 0.248 (3 seeds)",
-         "other": "0.990 ± 0.025 (3 seeds)", "difference": "+0.490 ± 0.237 (3 seeds)",
-         "matched": "3 of 3"},
+        {"depth": 20, "arm": "residual", "plain": "1.000", "other": "1.000",
+         "difference": "+0.000", "seeds": "3", "matched": "3 of 3"},
+        {"depth": 56, "arm": "residual", "plain": "0.500±0.248", "other": "0.990±0.025",
+         "difference": "+0.490±0.237", "seeds": "3", "matched": "3 of 3"},
     ]  # fmt: skip
+
+
+def test_diverged_seeds_stand_in_the_comparison(tmp_path):
+    for depth, lost in ((20, (1, 2)), (56, (0, 1, 2))):
+        for seed in range(3):
+            report_store.write_run(tmp_path, 0.0, depth=depth, skip="identity", seed=seed)
+            ended = {"status": "diverged", "steps": 6, "batches": "other"} if seed in lost else {}
+            error = None if ended else 0.1
+            report_store.write_run(tmp_path, error, depth=depth, skip="none", seed=seed, **ended)
+    runs, frame = read(tmp_path)
+    paired = tables.pairs(runs, frame)
+    table = tables.comparison(frame, paired)
+    names = ["depth", "plain", "other", "difference", "seeds", "matched"]
+    assert table[names].to_numpy().tolist() == [
+        [20, "0.900, 2 of 3 diverged", "1.000", "+0.100", "1/3", "1 of 1"],
+        [56, "3 of 3 diverged", "1.000", "–", "0/3", "no pair"],
+    ]
+    assert captions.answers(frame, paired)[-1] == (
+        "Of plain networks 2 of 3 diverged at depth 20, 3 of 3 diverged at depth 56: these have "
+        "no final error."
+    )
+    figure = plots.degradation(frame, tables.degradation(frame))
+    (crosses,) = [x for x in figure.axes[0].get_lines() if x.get_marker() == "x"]
+    np.testing.assert_allclose(crosses.get_xdata(), np.array([20, 20, 56, 56, 56]) / 1.04**0.5)
+
+
+def test_a_group_where_all_diverged_is_compared_too(tmp_path):
+    report_store.write_run(tmp_path, None, depth=20, skip="none", status="diverged")
+    runs, frame = read(tmp_path)
+    paired = tables.pairs(runs, frame)
+    (row,) = tables.comparison(frame, paired).to_dict("records")
+    assert (row["arm"], row["plain"], row["seeds"]) == ("–", "1 of 1 diverged", "0")
+    assert captions.answers(frame, paired) == [
+        "Of plain networks 1 of 1 diverged at depth 20: these have no final error."
+    ]
 
 
 def test_a_pair_that_is_not_matched_gives_no_difference(tmp_path):
@@ -373,6 +437,46 @@ def test_parameters_of_other_modules_are_weights_only_where_there_are_no_others(
     }  # fmt: skip
 
 
+def with_projections(depth=20):
+    """Rows of step 0 of a network with projections before its second and third stage's blocks."""
+    modules = report_store.cifar_modules(depth)
+    weights = report_store.weight_columns(modules, range(1), depth, "identity", 0)
+    values = dict(zip(weights["layer"], weights["weight_grad_norm"], strict=True))
+    rows = []
+    for row in modules:
+        rows.append(row)
+        if row["layer"] in ("layer2.0.bn2", "layer3.0.bn2"):
+            name = row["layer"].removesuffix("bn2") + "downsample."
+            rows.append(row | {"layer": name + "0", "kind": "conv", "shape": "16x16x3x3"})
+            rows.append(row | {"layer": name + "1"})
+    return pd.DataFrame(
+        {"step": 0, "weight_grad_norm": values.get(row["layer"], 7.0)} | row | {"position": place}
+        for place, row in enumerate(rows)
+    )
+
+
+def test_layers_of_one_arm_alone_are_left_out_and_the_others_line_up():
+    plain, projected = one_run(), tables.profile(with_projections(56))
+    for family in ("weights", "norm"):
+        one, two = (f[f["family"] == family] for f in (plain, projected))
+        assert two[["layer", "ordinal"]].to_numpy().tolist() == (
+            one[["layer", "ordinal"]].to_numpy().tolist()
+        )
+    assert projected[projected["family"] == "aside"]["layer"].tolist() == [
+        f"layer{stage}.0.downsample.{index}" for stage in (2, 3) for index in (0, 1)
+    ]
+    named = tables.profile(with_projections(), extras={"fc", "bn1"})
+    assert set(named[named["family"] == "aside"]["layer"]) >= {"fc", "bn1"}
+    assert named[named["family"] == "norm"]["layer"].iloc[0] == "layer1.0.bn1"
+
+
+def test_projections_are_no_part_of_the_rate():
+    projected = tables.profile(with_projections(56).assign(stage=2))
+    rates = tables.rates(projected.assign(run_id=""))
+    shared = tables.rates(one_run(skip="identity").assign(stage=2, run_id=""))
+    pd.testing.assert_frame_equal(rates, shared)
+
+
 def test_moments_and_spread():
     assert tables.moments(range(264)) == [0, 16, 263]
     assert tables.moments([0]) == [0]
@@ -449,3 +553,10 @@ def test_the_summary_of_a_run_without_a_record_of_weights(tmp_path):
     assert tables.summary(Run(writer.path)) == [
         f"done in {Run(writer.path).record['seconds']:.1f} s", f"recorded in {writer.path}",
     ]  # fmt: skip
+
+
+def test_the_summary_of_a_run_without_its_modules_is_an_error_of_ours(tmp_path):
+    path = report_store.write_run(tmp_path, depth=8, skip="none")
+    (path / "modules.parquet").unlink()
+    with pytest.raises(StoreError, match=r"modules\.parquet: missing"):
+        tables.summary(Run(path))

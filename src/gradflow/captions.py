@@ -5,6 +5,7 @@ Every sentence is made of what was recorded; none is a conclusion written before
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
@@ -33,12 +34,24 @@ def answers(overview: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
         gap = f"{way} than that of plain ones by {str(last['text']).lstrip('+-')}"
         told = gap if last["mean"] else f"that of plain ones ({last['text']})"
         lines.append(f"At depth {last['depth']} the training error of {arm} networks is {told}.")
+    lost = tables.diverged(overview)
+    for arm in _plain_first(lost["arm"]):
+        counts = [f"{r['text']} at depth {r['depth']}" for r in _rows(lost[lost["arm"] == arm])]
+        lines.append(f"Of {arm} networks {', '.join(counts)}: these have no final error.")
     return lines or ["No run of this group has a final training error."]
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[Any, Any]]:
+    return frame.to_dict("records")
+
+
+def _plain_first(arms: Iterable[str]) -> list[str]:
+    return sorted(set(arms), key=lambda name: (name != tables.PLAIN, name))
 
 
 def _training(means: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     train = means[means["split"] == "train"].sort_values("depth")
-    for arm in sorted(set(train["arm"]), key=lambda name: (name != tables.PLAIN, name)):
+    for arm in _plain_first(train["arm"]):
         yield arm, train[train["arm"] == arm]
 
 
@@ -65,6 +78,24 @@ def marks(values: pd.Series) -> str:
     words = [f"{zeros} values are exactly zero"] * bool(zeros)
     words += [f"{infinite} are NaN or Inf"] * bool(infinite)
     return f" Of {known.size} values drawn {' and '.join(words)}." if words else ""
+
+
+def crosses(overview: pd.DataFrame) -> str:
+    """Says what the crosses of the figure of final errors stand for, if there are any."""
+    if tables.diverged(overview).empty:
+        return ""
+    return " Crosses at the upper edge: runs that diverged, and have no final error."
+
+
+def aside(profiles: pd.DataFrame) -> str:
+    """Names the layers that are left out of a profile, if there are any."""
+    layers = profiles.loc[profiles["family"] == tables.ASIDE, "layer"].nunique()
+    if not layers:
+        return ""
+    return (
+        f" {layers} modules of the skips' path, or of one arm alone, are left out, so that the "
+        "arms line up; they are in the table of profiles."
+    )
 
 
 # --- under which conditions -----------------------------------------------------------------------
@@ -169,7 +200,7 @@ def _named(spec: RunSpec, known: dict[RunSpec, dict[str, Any]]) -> dict[str, str
     if rest not in known:
         known[rest] = _needed(rest)
     named = known[rest] | {"seed": spec.seed}
-    spelled = {"identity": "true", "none": "false"}
+    spelled = {"identity": True, "none": False}
     if isinstance(named.get("skip"), str):
         named["skip"] = spelled.get(named["skip"], named["skip"])
     return {key.removesuffix(".name"): _argument(value) for key, value in named.items()}
@@ -206,12 +237,29 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+_PLAIN_WORD = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z/][a-z0-9_./:-]*", re.IGNORECASE)
+
+
 def _argument(value: Any) -> str:
-    """A value as Hydra's command line reads it."""
+    """A value as Hydra's command line reads it, with its type."""
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_argument, value))}]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_argument(item)}" for key, item in value.items()) + "}"
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+        return "{" + ",".join(f"{_key(k)}:{_argument(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, str) and not _PLAIN_WORD.fullmatch(value):
+        return _quoted(value)
+    return str(value)
+
+
+def _quoted(text: str) -> str:
+    """Backslashes count only before `${`, a quote or the end; there they are doubled."""
+    text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", text)
+    text = re.sub(r"(\\*)'", lambda found: 2 * found[1] + "\\'", text)
+    return "'" + re.sub(r"\\+\Z", lambda found: 2 * found[0], text) + "'"
+
+
+def _key(name: str) -> str:
+    """A mapping's key: Hydra knows no quotes there."""
+    return re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", name)

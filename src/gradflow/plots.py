@@ -411,14 +411,19 @@ def _depth_axis(ax: Axes, depths: ArrayLike) -> None:
     ax.set_xlabel("depth (weight layers)")
 
 
+def _dodge(arm: str, arms: list[str]) -> float:
+    """By what an arm's depths are multiplied, so that arms stand beside each other."""
+    return 1.04 ** (arms.index(arm) - (len(arms) - 1) / 2)
+
+
 def _against_depth(
     ax: Axes, points: pd.DataFrame, lines: pd.DataFrame, column: str, arms: list[str]
 ) -> None:
     """Means with their intervals, and each seed's value as a small point beside them."""
     styles = _styles(arms)
-    for place, arm in enumerate(arms):
+    for arm in arms:
         color, dashes, marker = styles[arm]
-        dodge = 1.04 ** (place - (len(arms) - 1) / 2)
+        dodge = _dodge(arm, arms)
         line = lines[lines["arm"] == arm].sort_values("depth")
         x = line["depth"].to_numpy(dtype=float) * dodge
         ax.errorbar(
@@ -451,7 +456,7 @@ def degradation(points: pd.DataFrame, lines: pd.DataFrame, *, title: str = "") -
         _against_depth(ax, points, lines[lines["split"] == split], column, arms)
         for arm in arms:
             lost = points[(points["arm"] == arm) & (points["status"] == "diverged")]
-            x = lost["depth"].to_numpy(dtype=float)
+            x = lost["depth"].to_numpy(dtype=float) * _dodge(arm, arms)
             drawn |= _edge_marks(ax, x, np.full(len(x), np.nan), styles[arm][0], zeros=False)
         _depth_axis(ax, points["depth"])
         ax.set_title("training error" if split == "train" else "test error")

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -40,7 +40,7 @@ DRAWN_GROUPS = 6
 
 @dataclass
 class Material:
-    """The frames that figures and tables are made of; `problems` are lines about what is not."""
+    """The frames that figures and tables are made of; `problems` name what cannot be read."""
 
     members: list[Run]
     overview: pd.DataFrame
@@ -75,27 +75,47 @@ def gather(runs: Runs) -> Material:
     distinct = Runs(members)
     overview = tables.overview(distinct)
     found = Material(members, overview, tables.pairs(distinct, overview))
-    parts: dict[str, list[pd.DataFrame]] = {n: [] for n in ("profiles", "heat", "curves", "blocks")}
-    shown = _one_seed_each(overview)
+    extras = _extra_layers(members, found.pairs)
+    readers: dict[str, Callable[[Run], pd.DataFrame]] = {
+        "profiles": lambda run: _profiles(run, extras.get(run.path.name, set())),
+        "curves": _curves,
+        "blocks": _blocks,
+        "heat": lambda run: _heat(run, extras.get(run.path.name, set())),
+    }
     columns = ["run_id", "run", "group", "title", "depth", "arm", "seed"]
     about: list[dict[str, Any]] = overview[columns].to_dict("records")  # type: ignore[assignment]
-    for index, run in enumerate(members):
-        readers = {"profiles": _profiles, "curves": _curves, "blocks": _blocks}
-        if index in shown:
-            readers["heat"] = _heat
-        for name, read in readers.items():
+    parts: dict[str, dict[int, pd.DataFrame]] = {name: {} for name in readers}
+    for name, read in readers.items():
+        shown = _one_seed_each(overview.loc[list(parts["profiles"])])
+        for index in sorted(shown) if name == "heat" else range(len(members)):
             try:
-                part = read(run)
+                part = read(members[index])
             except StoreError as error:
                 problems.append(str(error))
                 continue
             if len(part):
                 depth = pd.array([about[index]["depth"]] * len(part), "Int64")
-                parts[name].append(part.assign(**about[index] | {"depth": depth}))
-    for name, frames in parts.items():
-        if frames:
-            setattr(found, name, pd.concat(frames, ignore_index=True))
-    found.problems = list(dict.fromkeys([*problems, *_remarks(overview)]))
+                parts[name][index] = part.assign(**about[index] | {"depth": depth})
+        if parts[name]:
+            setattr(found, name, pd.concat(parts[name].values(), ignore_index=True))
+    found.problems = list(dict.fromkeys(problems))
+    return found
+
+
+def _extra_layers(members: Sequence[Run], pairs: pd.DataFrame) -> dict[str, set[str]]:
+    """Run's name -> layers that it has, and its partner lacks, or the other way round."""
+    layers = {
+        run.path.name: {
+            parameter.rpartition(".")[0]
+            for parameter in run.record.get("certificate", {}).get("parameters", {})
+        }
+        for run in members
+    }
+    found: dict[str, set[str]] = {}
+    for names in zip(pairs["plain_run"], pairs["run"], strict=True):
+        one, two = (layers[name] for name in names)
+        for name in names if one & two else ():
+            found.setdefault(name, set()).update(one ^ two)
     return found
 
 
@@ -105,15 +125,23 @@ def _distinct(runs: Runs) -> tuple[list[Run], list[str]]:
     for run in runs:
         first = seen.setdefault(run.run_id, run)
         if first is not run:
-            problems.append(f"{run.path}: passed over, the same run as {first.path}")
+            problems.append(f"{run.path}: the same run as {first.path}")
     return list(seen.values()), problems
+
+
+def _problems(found: Material) -> list[str]:
+    return [*found.problems, *_remarks(found.overview)]
 
 
 def _remarks(overview: pd.DataFrame) -> Iterator[str]:
     for row in overview.to_dict("records"):
         if row["status"] != "done":
             yield f"{row['path']}: {row['outcome']}; not among the final errors"
-        elif not (row["train_error"] == row["train_error"] or row["match"].startswith("not ")):
+        elif (
+            pd.isna(row["train_error"])
+            and row["steps"] != 0  # measures the initialisation alone
+            and not row["match"].startswith("not ")
+        ):
             yield f"{row['path']}: has no final training error"
         if row["match"].startswith("not "):
             yield f"{row['path']}: {row['match']}"
@@ -132,12 +160,15 @@ def _one_seed_each(overview: pd.DataFrame) -> set[int]:
 
 def _layers(run: Run, table: str, steps: Sequence[int] | None = None) -> pd.DataFrame:
     """A table of layers at some steps, each row with its module's columns."""
-    data, modules = run.table(table), run.frame("modules")
-    if data is None or modules.empty:
+    data = run.table(table)
+    if data is None:
         return pd.DataFrame()
+    modules = run.table("modules")
+    if modules is None:
+        raise StoreError(f"{run.path / 'modules.parquet'}: missing")
     if steps is not None:
         data = data.filter(pc.is_in(data["step"], value_set=pa.array(steps, pa.int32())))
-    return schema.to_pandas(data).merge(modules, on="layer", how="left")
+    return schema.to_pandas(schema.with_modules(data, modules))
 
 
 def _steps(run: Run, table: str) -> np.ndarray:
@@ -145,21 +176,21 @@ def _steps(run: Run, table: str) -> np.ndarray:
     return np.array([], int) if data is None else pc.unique(data["step"]).to_numpy()
 
 
-def _profiles(run: Run) -> pd.DataFrame:
+def _profiles(run: Run, extras: set[str]) -> pd.DataFrame:
     steps = tables.moments(_steps(run, "weights"))
     frame = _layers(run, "weights", steps)
     if QUANTITY not in frame:
         return pd.DataFrame()
     names = ["first", "middle", "last"][: len(steps)] if len(steps) != 2 else ["first", "last"]
-    return tables.profile(frame).assign(
+    return tables.profile(frame, extras=extras).assign(
         moment=lambda f: f["step"].map(dict(zip(steps, names, strict=True)))
     )
 
 
-def _heat(run: Run) -> pd.DataFrame:
+def _heat(run: Run, extras: set[str]) -> pd.DataFrame:
     steps = tables.spread(_steps(run, "weights"))
     frame = _layers(run, "weights", list(steps)) if len(steps) > 1 else pd.DataFrame()
-    return tables.profile(frame) if QUANTITY in frame else pd.DataFrame()
+    return tables.profile(frame, extras=extras) if QUANTITY in frame else pd.DataFrame()
 
 
 def _blocks(run: Run) -> pd.DataFrame:
@@ -207,27 +238,28 @@ def comparison(runs: Runs) -> str:
     members, _ = _distinct(runs)
     distinct = Runs(members)
     overview = tables.overview(distinct)
-    return _comparison_text(tables.comparison(overview, tables.pairs(distinct, overview)))
+    return _comparison_text(overview, tables.pairs(distinct, overview))
 
 
-def _comparison_text(frame: pd.DataFrame) -> str:
+def _comparison_text(overview: pd.DataFrame, pairs: pd.DataFrame) -> str:
+    frame = tables.comparison(overview, pairs)
     if frame.empty:
         return "no finished runs to compare"
     blocks = []
     for (_, title), part in frame.groupby(["group", "title"], sort=True):
         blocks.append("\n".join(filter(None, [str(title), _text_table(_comparison_columns(part))])))
-    note = "training accuracy in evaluation mode; difference of paired seeds, 95 % t interval"
+    note = "training accuracy, evaluation mode; ± 95 % t interval over seeds, if they differ"
     return "\n\n".join([*blocks, note])
 
 
 def _comparison_columns(frame: pd.DataFrame) -> pd.DataFrame:
     arms = list(dict.fromkeys(frame["arm"]))
     if arms == ["–"]:
-        return frame[["depth", "plain"]]
+        return frame[["depth", "plain", "seeds"]]
     names = {"depth": "depth", "plain": "plain", "arm": "skip", "other": "with skip"}
     if len(arms) == 1:
         names = {"depth": "depth", "plain": "plain", "other": arms[0]}
-    names |= {"difference": "difference", "matched": "matched"}
+    names |= {name: name for name in ("difference", "seeds", "matched")}
     return frame[list(names)].rename(columns=names)
 
 
@@ -366,7 +398,10 @@ def write_report(runs: Runs, out: str | Path = "report") -> Path:
     Raises:
         GradflowError: no run that can be read, or `out` cannot be written.
     """
-    found = gather(runs)
+    return _write(gather(runs), out)
+
+
+def _write(found: Material, out: str | Path) -> Path:
     directory = Path(out)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -426,7 +461,7 @@ def _compose(page: _Page, found: Material) -> None:
     _run_section(page, found)
     _condition_section(page, groups)
     page.section("problems", "Problems")
-    page.items(found.problems or ["None: every run was read, and every pair is done."])
+    page.items(_problems(found) or ["None: every run was read, and every pair is done."])
     names = sorted(path.name for path in (page.directory / "tables").iterdir())
     links = ", ".join(f'<a href="tables/{name}">{name}</a>' for name in names)
     page.parts.append(f"<p>Tables as files: {links}.</p>")
@@ -471,16 +506,18 @@ _INTERVALS = (
 
 def _question(page: _Page, groups: list[Material], drawn: int) -> None:
     page.section("comparison", "Does depth hurt, and how much does a skip help?")
-    finished = [group for group in groups if group.overview["train_error"].notna().any()]
-    if not finished:
+    compared = [(group, tables.comparison(group.overview, group.pairs)) for group in groups]
+    compared = [(group, words) for group, words in compared if len(words)]
+    if not compared:
         page.text("No run has a final training error yet.")
-    for group in finished:
+    for group, words in compared:
         title = _heading(page, group)
         page.items(captions.answers(group.overview, group.pairs))
-        words = tables.comparison(group.overview, group.pairs)
         page.text(
             "Training accuracy at the end, from an evaluation-mode pass over the whole training "
-            "split, and its difference between paired seeds, with 95 % t intervals:"
+            "split, and its difference between paired seeds, ± 95 % t intervals over seeds; none "
+            "where one seed was run or all agree. Seeds: of plain/skip, where these are not the "
+            "same number; matched: pairs with equal initial parameters, batches and data."
         )
         page.table(_comparison_columns(words), ["depth"])
         lines = tables.degradation(group.overview)
@@ -491,7 +528,7 @@ def _question(page: _Page, groups: list[Material], drawn: int) -> None:
             plots.degradation(group.overview, lines, title=title),
             "Final training and test error against depth, by arm.",
             f"Final error against depth; it depends on the learning rate and the number of "
-            f"updates. {_INTERVALS} {_under(group)}",
+            f"updates. {_INTERVALS}{captions.crosses(group.overview)} {_under(group)}",
         )
     if len(groups) > drawn:
         page.text(
@@ -532,7 +569,7 @@ def _profile_figures(
             f"Norm of each layer's weight gradient against its place, {when}, by arm and depth.",
             f"L2 norm of the gradient of each convolution's and linear layer's parameters, {when}, "
             f"from the input on; dotted lines where the stage changes. {captions.ratios(words)}"
-            f"{captions.marks(weights)} {about}",
+            f"{captions.marks(weights)}{captions.aside(frame)} {about}",
         )
         page.table(_rate_columns(words), ["depth"])
     if tables.NORM in families and moment != "middle":
@@ -542,7 +579,7 @@ def _profile_figures(
             plots.profile(frame, family=tables.NORM, title=title),
             f"Norm of each normalisation layer's parameter gradient, {when}, by arm and depth.",
             f"The same for normalisation layers (and parameters of other modules), {when}."
-            f"{captions.marks(norms)} {about}",
+            f"{captions.marks(norms)}{captions.aside(frame)} {about}",
         )
 
 
@@ -578,8 +615,8 @@ def _heat_section(page: _Page, groups: list[Material]) -> None:
             plots.heatmap(group.heat, title=title),
             "Heatmaps of the weight-gradient norm over layer and step, by depth and arm.",
             "L2 norm of the weight gradient of convolutions and linear layers over training; one "
-            f"run a panel ({which}). Grey: not recorded.{captions.marks(weights)} "
-            f"{_under(group)}",
+            f"run a panel ({which}). Grey: not recorded.{captions.marks(weights)}"
+            f"{captions.aside(group.heat)} {_under(group)}",
         )
 
 
@@ -703,7 +740,7 @@ def text_report(runs: Runs) -> str:
         GradflowError: no run that can be read.
     """
     found = gather(runs)
-    parts = [_comparison_text(tables.comparison(found.overview, found.pairs))]
+    parts = [_comparison_text(found.overview, found.pairs)]
     for group in (found.of(number) for number in sorted(found.overview["group"].unique())):
         for moment in ("first", "last"):
             words, when = _rate_table(group.profiles, moment)
@@ -713,8 +750,8 @@ def text_report(runs: Runs) -> str:
                 parts.append("\n".join(filter(None, [title, heading, _text_table(words)])))
     columns = {"run": "run", "outcome": "outcome", "match": "certificate"}
     parts.append(_text_table(_sorted(found.overview)[list(columns)].rename(columns=columns)))
-    if found.problems:
-        parts.append("\n".join(["passed over or unfinished:", *found.problems]))
+    if problems := _problems(found):
+        parts.append("\n".join(["passed over or unfinished:", *problems]))
     return "\n\n".join(parts)
 
 
@@ -735,13 +772,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m gradflow.repo
         if options.text:
             print(text_report(runs))
             return 0
-        page = write_report(runs, options.out)
+        found = gather(runs)
+        page = _write(found, options.out)
     except GradflowError as error:
         print(f"gradflow: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
-    for line in runs.problems:
+    for line in found.problems:
         print(f"passed over: {line}", file=sys.stderr)
-    print(f"{comparison(runs)}\n\n{page}")
+    print(f"{_comparison_text(found.overview, found.pairs)}\n\n{page}")
     return 0
 
 

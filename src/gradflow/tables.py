@@ -1,7 +1,8 @@
 """What the recorded runs say, as frames and sentences: pure functions of what was recorded.
 
 Comparisons are paired: two runs form a pair where all keys agree except those of the skip. Runs
-that differ in anything else (learning rate, epochs, …) are different groups and never mixed.
+that differ in anything else (learning rate, epochs, …) are different groups and never mixed; what
+was recorded changes no result, and sets no runs apart.
 Intervals are 95 % Student-t intervals over seeds.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +22,21 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student_t
 
 from gradflow.spec import NETWORKS, SKIP_KEYS, RunSpec
-from gradflow.store import METRICS, Run, Runs
+from gradflow.store import FINISHED, METRICS, Run, Runs
 
 LEVEL = 0.95
 PLAIN = "plain"
 ARM_NAMES = {"none": PLAIN, "identity": "residual"}
 SPLITS = ("train", "test")
-WEIGHT, NORM = "weights", "norm"
-"""The two families of layers that profiles keep apart."""
+WEIGHT, NORM, ASIDE = "weights", "norm", "aside"
+"""The families of layers that profiles keep apart; see `profile`."""
 
 # --- arms and groups ------------------------------------------------------------------------------
 
-_NOT_COMPARED = ("depth", "seed", *SKIP_KEYS)
+_COMPARED = ("depth", "seed", *SKIP_KEYS)
+_NO_MATTER = ("record", "record_every_weights", "record_every_outputs", "record_every_blocks",
+              "on_divergence")  # fmt: skip
+"""Columns of the spec that change nothing about a run's result."""
 _SKIP_DEFAULTS = {"branch_scale": 1.0, "branch_layers": 1, "drop_rate": 0.5, "shortcut": "A"}
 
 
@@ -53,11 +58,12 @@ def arm(columns: Mapping[str, Any]) -> str:
 def _remaining(run: Run) -> dict[str, Any]:
     """The keys in which two arms of a comparison must agree."""
     named = {key: value for key, value in run.columns().items() if value is not None}
-    columns = {key: value for key, value in named.items() if key not in _NOT_COMPARED}
+    columns = {k: v for k, v in named.items() if k not in (*_COMPARED, *_NO_MATTER)}
     if columns.get("network_args"):  # a user's network takes depth and skip among its arguments
         args = json.loads(columns["network_args"])
-        kept = {key: v for key, v in args.items() if key not in _NOT_COMPARED}
-        columns["network_args"] = json.dumps(kept, sort_keys=True)
+        if isinstance(args, dict):
+            args = {key: value for key, value in args.items() if key not in _COMPARED}
+        columns["network_args"] = json.dumps(args, sort_keys=True)
     return {"origin": run.record.get("origin"), **columns}
 
 
@@ -108,10 +114,10 @@ def _text(value: Any) -> str:
 
 
 def _whole(value: Any) -> int | None:
-    """A depth from a user's meta, where any spelling or type may stand."""
+    """A whole number from a user's meta, where any spelling or type may stand."""
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -149,7 +155,7 @@ def overview(runs: Runs) -> pd.DataFrame:
             "seed": columns.get("seed"),
             "status": run.status,
             "outcome": outcome(run),
-            "steps": run.record.get("steps"),
+            "steps": _whole(run.record.get("steps")),
             "parameters": (run.record.get("certificate") or {}).get("parameter_count"),
             "seconds": run.record.get("seconds"),
             "recorder_share": run.record.get("recorder_share"),
@@ -183,9 +189,14 @@ def _column(name: str, values: list[Any]) -> pd.Series:
 
 
 def _repeated(runs: Runs, frame: pd.DataFrame) -> dict[int, str]:
-    """Rows whose every key a later run has as well (an older recipe's, or a user's): its name."""
-    started = frame.assign(started=[run.record.get("started", 0.0) for run in runs])
-    known = started[frame["depth"].notna() & frame["seed"].notna()].sort_values("started")
+    """Rows whose every key another run has as well (an older recipe's, a user's, or one recorded
+    otherwise): that run's name, the latest that has its result."""
+    ranked = frame.assign(
+        ended=frame["status"].isin(FINISHED),
+        started=[run.record.get("started") or 0.0 for run in runs],
+    )
+    known = ranked[frame["depth"].notna() & frame["seed"].notna()]
+    known = known.sort_values(["ended", "started"])
     older: dict[int, str] = {}
     for _, part in known.groupby(["group", "depth", "seed", "arm"], sort=False):
         older |= dict.fromkeys(part.index[:-1], str(part["run"].iloc[-1]))
@@ -331,16 +342,19 @@ class Interval:
         """Whether several seeds gave one and the same value."""
         return self.seeds > 1 and math.isnan(self.half) and math.isfinite(self.mean)
 
-    def words(self, digits: int = 3, sign: bool = False) -> str:
+    def words(self, sign: bool = False) -> str:
         """`0.889 ± 0.012 (3 seeds)`, `0.889 (one seed)`, `0.000 (3 seeds agree)`."""
         if not self.seeds:
             return "–"
-        mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
-        if self.seeds == 1:
-            return f"{mean} (one seed)"
-        if self.agree:
-            return f"{mean} ({self.seeds} seeds agree)"
-        return f"{mean} ± {self.half:.{digits}f} ({self.seeds} seeds)"
+        count = "one seed" if self.seeds == 1 else f"{self.seeds} seeds{' agree' * self.agree}"
+        return f"{self.cell(sign).replace('±', ' ± ')} ({count})"
+
+    def cell(self, sign: bool = False) -> str:
+        """The same for a narrow column, without the seeds: `0.889±0.012`, `0.889`."""
+        if not self.seeds:
+            return "–"
+        spread = f"±{self.half:.3f}" if self.seeds > 1 and not self.agree else ""
+        return f"{self.mean:{'+' if sign else ''}.3f}{spread}"
 
 
 def interval(values: ArrayLike, level: float = LEVEL) -> Interval:
@@ -394,6 +408,27 @@ def benefit(frame: pd.DataFrame) -> pd.DataFrame:
     return _intervals(frame, "difference")
 
 
+def diverged(frame: pd.DataFrame) -> pd.DataFrame:
+    """Where runs diverged: a row a group, depth and arm, with `text` such as `2 of 3 diverged`.
+
+    Args:
+        frame: an `overview`. Counted are runs that diverged and runs that have a final error.
+    """
+    lost = _lost(frame)
+    ended = frame.assign(lost=lost)[(lost | frame["train_error"].notna()) & frame["depth"].notna()]
+    rows = [
+        dict(zip(("group", "depth", "arm"), key, strict=True))
+        | {"text": f"{part['lost'].sum()} of {len(part)} diverged"}
+        for key, part in ended.groupby(["group", "depth", "arm"], sort=True)
+        if part["lost"].any()
+    ]
+    return _with_depth(pd.DataFrame(rows, columns=["group", "depth", "arm", "text"]))
+
+
+def _lost(frame: pd.DataFrame) -> pd.Series:
+    return (frame["status"] == "diverged") & ~frame["match"].str.startswith("not compared")
+
+
 def comparison(frame: pd.DataFrame, paired: pd.DataFrame) -> pd.DataFrame:
     """Plain beside the other arms, in words: a row a group, depth and arm.
 
@@ -401,26 +436,37 @@ def comparison(frame: pd.DataFrame, paired: pd.DataFrame) -> pd.DataFrame:
         frame: an `overview`; paired: its `pairs`.
 
     Returns:
-        group, title, depth, arm, plain (training accuracy), other (the arm's), difference (with
-        interval, over pairs), matched (`3 of 3`, and why not).
+        group, title, depth, arm, plain (training accuracy, and how many diverged), other (the
+        arm's), difference (with interval, over pairs), seeds (`3`, or `1/3` where the plain network
+        has other ones than the arm), matched (`3 of 3` of the pairs with two final errors, and why
+        not).
     """
-    done = frame[frame["train_error"].notna() & frame["depth"].notna()]
-    gains = benefit(paired)
+    ended = frame[(frame["train_error"].notna() | _lost(frame)) & frame["depth"].notna()]
+    gains, losses = benefit(paired), diverged(frame)
     rows = []
-    for (group, title, depth), part in done.groupby(["group", "title", "depth"], sort=True):
-        accuracy = {name: interval(1 - sub["train_error"].astype(float))
+    for (group, title, depth), part in ended.groupby(["group", "title", "depth"], sort=True):
+        accuracy = {name: interval(1 - sub["train_error"].dropna().astype(float))
                     for name, sub in part.groupby("arm")}  # fmt: skip
+
+        def cell(name: str, found: Interval, place: dict[str, Any]) -> str:
+            lost = list(_at(losses, arm=name, **place)["text"])
+            return ", ".join([found.cell()] * bool(found.seeds or not lost) + lost)
+
+        here = {"group": group, "depth": depth}
         plain = accuracy.pop(PLAIN, interval([]))
         for name, other in (accuracy or {"–": interval([])}).items():
-            here = _at(gains, group=group, depth=depth, arm=name, split="train")
-            certificates = _at(paired, group=group, depth=depth, arm=name)["match"]
+            gain = _at(gains, arm=name, split="train", **here)
+            both = _at(paired, arm=name, **here)
+            both = both[both["plain_train_error"].notna() & both["train_error"].notna()]
+            difference = [Interval(*row) for row in gain[["mean", "half", "seeds"]].to_numpy()]
+            counts = dict.fromkeys([plain.seeds] + [other.seeds] * bool(accuracy))
             rows.append(
                 {"group": group, "title": title, "depth": depth, "arm": name}
-                | {"plain": plain.words(), "other": other.words()}
-                | {"difference": here["text"].iloc[0] if len(here) else "–"}
-                | {"matched": _matched_words(certificates)}
+                | {"plain": cell(PLAIN, plain, here), "other": cell(str(name), other, here)}
+                | {"difference": difference[0].cell(sign=True) if difference else "–"}
+                | {"seeds": "/".join(map(str, counts)), "matched": _matched_words(both["match"])}
             )
-    columns = ["group", "title", "depth", "arm", "plain", "other", "difference", "matched"]
+    columns = ["group", "title", "depth", "arm", "plain", "other", "difference", "seeds", "matched"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -464,17 +510,25 @@ def moments(steps: ArrayLike) -> list[int]:
     return sorted({int(known[0]), int(middle), int(known[-1])})
 
 
-def profile(frame: pd.DataFrame, quantity: str = "weight_grad_norm") -> pd.DataFrame:
+_ON_SKIP = re.compile(r"(^|\.)(downsample|shortcut)(\.|$)")
+"""Names of modules on a skip's path, as torchvision and others call them."""
+
+
+def profile(
+    frame: pd.DataFrame, quantity: str = "weight_grad_norm", *, extras: Iterable[str] = ()
+) -> pd.DataFrame:
     """A quantity of each module against its ordinal, normalisation layers apart from the others.
 
     Args:
         frame: rows of layers with step, layer, position, kind and the quantity, of one or more
             runs (`run_id`).
+        extras: layers that the other runs of a comparison lack.
 
     Returns:
         The measured rows with `family` (`weights`: convolutions, linear layers, embeddings;
-        `norm`: normalisation layers and other parameters) and `ordinal`: 1, 2, … from the input
-        among the run's layers of that family.
+        `norm`: normalisation layers and other parameters; `aside`: the extras, and what is called
+        `downsample` or `shortcut`, so that plain and residual networks line up) and `ordinal`:
+        1, 2, … from the input among the run's layers of that family.
     """
     data = measured(frame, quantity)
     data = data.assign(
@@ -485,7 +539,8 @@ def profile(frame: pd.DataFrame, quantity: str = "weight_grad_norm") -> pd.DataF
         run_id=data["run_id"].astype(object) if "run_id" in data else "",
     )
     data = data[data["kind"] != "block"]
-    data = data.assign(family=_families(data))
+    aside = {*extras, *filter(_ON_SKIP.search, data["layer"].unique())}
+    data = data.assign(family=np.where(data["layer"].isin(aside), ASIDE, _families(data)))
     keys = ["run_id", "family", "layer"]
     layers = data.drop_duplicates(keys).sort_values(["run_id", "family", "position"])
     ordinal = layers.groupby(["run_id", "family"], sort=False).cumcount() + 1
