@@ -67,7 +67,7 @@ def _finished(store: Path, spec: RunSpec) -> Run | None:
     """The run, if the store has its result; of a user's files only if they are what they were."""
     found = find(store, spec)
     if found is not None and spec.data.name == "files":
-        same = found.record["certificate"].get("data") == load_data(spec.data).digest
+        same = found.record.get("certificate", {}).get("data") == load_data(spec.data).digest
         return found if same else None
     return found
 

@@ -1,7 +1,9 @@
 """The recorder in somebody's loop: updates, schedules, evaluations, exceptions, copies."""
 
+import contextlib
 import copy
 import io
+import json
 import math
 import threading
 import time
@@ -12,11 +14,12 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
-from recorded import ALWAYS, Block, cells, column, loop, near, norm, record, steps_of
-from torch import nn
+from recorded import ALWAYS, Block, cells, column, loop, near, norm, record, rms, steps_of
+from torch import Tensor, nn
 
 from gradflow import Recorder, Skip, build_network, schema
 from gradflow.errors import SpecError
+from gradflow.recording import Divergence
 from gradflow.recording import recorder as module
 from gradflow.recording.schedules import every
 
@@ -158,6 +161,145 @@ def test_evaluation_without_gradients_leaves_no_trace() -> None:
         pd.testing.assert_frame_equal(without.table(table), between.table(table))
 
 
+def penalised(paused: bool) -> Recorder:
+    """A loop whose every step has other passes in between, with gradients."""
+    torch.manual_seed(5)
+    network = Shaped()
+    batches = torch.randn(3, 6, 4)
+    with Recorder(network, schedule=ALWAYS) as recorder:
+        for batch in batches:
+            if paused:
+                with recorder.paused(), recorder.paused():
+                    torch.autograd.grad(network(batch[:, :2], wide=True).sum(), network.weight)
+                    network.eval()
+                    network(100 * batch)
+                    network.train()
+            network.zero_grad()
+            loss = network(batch).square().mean()
+            if paused:
+                with recorder.paused():
+                    torch.autograd.grad(loss, network.weight, retain_graph=True)
+                    with contextlib.suppress(ValueError):
+                        network(batch, broken=True)
+            loss.backward()
+            recorder.step(loss)
+    return recorder
+
+
+class Shaped(nn.Module):
+    """May take another way, where its layers come in another order and size, or raise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.first, self.block = nn.Linear(4, 4), Block(Skip(), torch.float32)
+        self.other, self.last = nn.Linear(2, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, wide: bool = False, broken: bool = False) -> Tensor:
+        if wide:
+            return self.last(self.first(self.block(self.other(x * self.weight))))
+        y = self.block(self.first(x * self.weight))
+        if broken:
+            raise ValueError
+        return self.last(y)
+
+
+RECORDED = ("modules", "weights", "outputs", "blocks", "steps")
+
+
+def test_passes_while_it_is_paused_leave_no_trace() -> None:
+    with_others, without = penalised(True), penalised(False)
+    for table in RECORDED:
+        assert len(without.table(table))
+        pd.testing.assert_frame_equal(with_others.table(table), without.table(table))
+
+
+def test_it_is_paused_until_the_block_ends() -> None:
+    network = nn.Linear(4, 4)
+    with Recorder(network) as recorder:
+        with pytest.raises(ZeroDivisionError), recorder.paused():
+            raise ZeroDivisionError
+        loop(recorder, 1)
+    assert len(recorder.table("outputs")) == 1
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_a_pass_that_raised_left_is_dropped(before: bool) -> None:
+    """And what the same step had seen before it; a batch that is tried again counts once."""
+
+    def train(failing: bool) -> Recorder:
+        torch.manual_seed(5)
+        network = Shaped()
+        batches = torch.randn(3, 6, 4)
+        with Recorder(network, schedule=ALWAYS) as recorder:
+            for batch in batches:
+                network.zero_grad()
+                early = network(100 * batch[:, :2], wide=True) if before and failing else None
+                for _ in range(2 if failing else 0):
+                    with pytest.raises(ValueError):
+                        network(10 * batch, broken=True)
+                loss = network(batch).square().mean()
+                if early is not None:
+                    early.sum().backward()  # too late
+                    network.zero_grad()
+                loss.backward()
+                recorder.step(loss)
+        return recorder
+
+    failed, well = train(True), train(False)
+    for table in RECORDED:
+        pd.testing.assert_frame_equal(failed.table(table), well.table(table))
+
+
+class Silent(nn.Module):
+    """Keeps its output to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> None:
+        self.output = self.linear(x)
+
+
+def test_only_a_pass_that_raised_is_dropped() -> None:
+    """Not one without an output, nor for an evaluation that raised."""
+    network = Silent()
+    with Recorder(network) as recorder:
+        network(torch.randn(3, 4))
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            network(torch.randn(3, 5))
+        network.output.sum().backward()
+        recorder.step()
+    assert column(recorder, "outputs", "output_rms") == {
+        "linear": near(rms(network.output), rel=1e-6)
+    }
+    assert column(recorder, "outputs", "output_grad_norm")["linear"] == near(12**0.5, rel=1e-6)
+
+
+def test_a_recorder_goes_on_where_another_stood() -> None:
+    network = nn.Linear(4, 4)
+    with Recorder(network) as recorder:
+        loop(recorder, 2)
+        recorder.evaluate("test", loss=0.5)
+        recorder.step(math.nan)
+        recorder.flush()
+        state = json.loads(json.dumps(recorder.state_dict()))
+    after = Recorder(network)
+    after.load_state_dict(state)
+    assert after.divergence == recorder.divergence == Divergence(2, None, "loss")
+    assert after.seconds == state["seconds"] > 0
+    with after:
+        loop(after, 9)
+        after.evaluate("train", loss=0.25)
+    assert steps_of(after, "steps") == list(range(3, 12))
+    assert steps_of(after, "outputs") == [3, 4, 10]  # schedules go by the whole run's numbers
+    assert after.divergence == recorder.divergence
+    assert after.table("modules")["calls"].tolist() == [1]
+    assert after.state_dict()["metrics"] == {"test_loss": 0.5, "train_loss": 0.25}
+    assert after.state_dict()["next_step"] == 12
+
+
 def test_a_model_in_evaluation_mode_is_recorded() -> None:
     network = build_network("cifar", depth=8, width=4).eval()
     before = copy.deepcopy(network.state_dict())
@@ -208,7 +350,7 @@ def test_a_gradient_that_comes_too_late_is_no_later_step_s() -> None:
 
 def attached(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """How much of a recorder a model and an optimizer carry."""
-    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     patched = sum("terms" in vars(module) for module in model.modules())
     return hooks + patched + len(optimizer._optimizer_step_post_hooks)
 
@@ -220,8 +362,10 @@ def test_an_exception_leaves_the_record_readable_and_the_model_clean() -> None:
 
     def train() -> None:
         with recorder:
-            assert attached(network, optimizer) == 4
+            # Two layers before and after, the whole, a block's terms, the optimizer.
+            assert attached(network, optimizer) == 2 * 2 + 3
             loop(recorder, 2)
+            assert attached(network, optimizer) == 2 + 3  # their order is known
             network(torch.randn(3, 4))  # the step under way is not finished: nothing of it stays
             raise ZeroDivisionError
 
@@ -252,9 +396,16 @@ def test_a_recorder_may_be_entered_again() -> None:
     for _ in range(2):
         with recorder:
             loop(recorder, 2)
-            network(1000 * torch.randn(3, 4))
-    assert steps_of(recorder, "outputs") == [0, 1, 2, 3]
+            late = network(1000 * torch.randn(3, 4))
+    with recorder:
+        output = network(torch.randn(3, 4))
+        late.sum().backward()
+        output.sum().backward()
+        recorder.step()
+    assert steps_of(recorder, "outputs") == [0, 1, 2, 3, 4]
     assert recorder.table("outputs")["output_rms"].max() < 10
+    assert recorder.table("outputs")["output_grad_norm"].tolist()[4] == near(12**0.5, rel=1e-6)
+    assert recorder.table("modules")["calls"].tolist() == [1]
     with recorder, pytest.raises(RuntimeError, match="watching already"):
         recorder.__enter__()
     assert not network._forward_hooks

@@ -144,6 +144,60 @@ def test_positions_are_those_of_execution_and_unused_modules_come_last() -> None
     assert recorder.table("weights").sort_values("layer")["position"].tolist() == [0, 1, 2]
 
 
+class Transformer(nn.Module):
+    """A ViT's parts: parameters of its own that come first, attention, an unused head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare, self.head = nn.Linear(4, 2), nn.Linear(4, 2)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.patches = nn.Conv1d(3, 4, 1)
+        self.pos = nn.Parameter(torch.zeros(5, 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.patches(x).permute(2, 0, 1) + self.pos).mean(0))
+
+
+def test_positions_in_a_transformer() -> None:
+    """A container comes before its parts, and what it uses without calling it behind it."""
+    network = Transformer()
+    recorder = record(network, lambda: network(torch.randn(2, 3, 5)).square().sum())
+    layers = [
+        "Transformer", "patches",
+        *(f"layers.layers.{i}.{name}" for i in range(2) for name in (
+            "self_attn", "self_attn.out_proj", "norm1", "linear1", "linear2", "norm2"
+        )),
+        "head", "spare",
+    ]  # fmt: skip
+    modules = recorder.table("modules")
+    assert modules["layer"].tolist() == layers
+    assert recorder.table("weights")["layer"].tolist() == layers
+    assert modules["position"].tolist() == list(range(len(layers)))
+    named = modules.set_index("layer")
+    first = named.loc[[name for name in layers if ".0." in name]]
+    assert first["kind"].tolist() == ["other", "linear", "norm", "linear", "linear", "norm"]
+    assert first["calls"].tolist() == [1, 0, 1, 1, 1, 1]
+    # In order of appearance: maps of 5, then widths of 8, 4 and 2.
+    assert first["stage"].tolist() == [1, 1, 1, 2, 3, 3]
+    assert named.loc["layers.layers.1.self_attn.out_proj", "stage"] == 3
+    assert named.loc[["Transformer", "patches", "head"], "stage"].tolist() == [1, 1, 4]
+    assert named.loc["spare", ["kind", "calls"]].tolist() == ["linear", 0]
+    assert named["stage"].isna().tolist() == [name == "spare" for name in layers]
+
+
+def test_what_is_executed_later_comes_behind() -> None:
+    network = nn.ModuleDict({name: nn.Linear(2, 2) for name in "abc"})
+    with Recorder(network) as recorder:
+        for order in ("c", "ac", "ba"):
+            for name in order:
+                network[name](torch.randn(3, 2)).sum().backward()
+            recorder.step()
+    modules = recorder.table("modules")
+    assert modules["layer"].tolist() == ["c", "a", "b"]
+    assert modules["calls"].tolist() == [1, 1, 1]
+
+
 def test_a_look_before_training_leaves_positions_alone() -> None:
     network = Shuffled()
     with Recorder(network) as recorder:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradflow.recording import norms as module
 from gradflow.recording.norms import norm, norms
 
-SIZES = (1, 7, 64, 1000, 2**13 - 1, 2**13, 2**13 + 1, 36864, 2**16, 2**17)
+SIZES = (1, 7, 64, 1000, 2**13 - 1, 2**13, 2**13 + 1, 2**14, 36864, 2**16, 2**17)
 MANY = 2**17 + 1
 
 
@@ -33,6 +33,7 @@ def one_large(count: int) -> Tensor:
 FILLED: dict[str, Callable[[int], Tensor]] = {
     "normal": random,
     "1e-30": lambda count: torch.full((count,), 1e-30),
+    "1e-21": lambda count: torch.full((count,), 1e-21),  # squares have few bits left in float32
     "1e25": lambda count: torch.full((count,), 1e25),
     "constant": lambda count: torch.full((count,), 0.1),
     "one large": one_large,

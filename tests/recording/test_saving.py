@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -179,6 +180,16 @@ def test_a_diverged_loop_is_a_diverged_run(tmp_path: Path) -> None:
     assert run.record["divergence"] == {
         "step": 1, "layer": "1.inner", "quantity": "output_rms"
     }  # fmt: skip
+    assert run.record["steps"] == 1  # the update of step 1 was not made
+
+
+def test_a_loop_that_goes_on_counts_its_steps(tmp_path: Path) -> None:
+    with Recorder(network(), save=tmp_path / "mine") as recorder:
+        loop(recorder, 1)
+        recorder.step(math.nan)
+        loop(recorder, 2)
+    (run,) = load_runs(tmp_path)
+    assert (run.status, run.record["steps"]) == ("diverged", 4)
 
 
 CHILD = """
@@ -246,6 +257,15 @@ def test_meta_is_plain(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"^meta: wants names with plain values"):
         Recorder(network(), save=tmp_path / "mine", meta={"lr": torch.tensor(1.0)}).__enter__()
     assert not (tmp_path / "mine").exists()
+
+
+def test_numpy_s_numbers_are_plain(tmp_path: Path) -> None:
+    meta = {"seed": np.int64(3), "lr": np.float32(0.5), "skip": np.True_, "data": {"n": np.int8(4)}}
+    train(1, save=tmp_path / "mine", meta=meta)
+    (run,) = load_runs(tmp_path)
+    assert run.spec == {"seed": 3, "lr": 0.5, "skip": "identity", "data": {"n": 4}}
+    with pytest.raises(SpecError, match=r"^meta: wants names with plain values \(not ndarray\)"):
+        Recorder(network(), save=tmp_path / "other", meta={"lr": np.ones(2)}).__enter__()
 
 
 def test_a_saved_run_ends_with_its_block(tmp_path: Path) -> None:

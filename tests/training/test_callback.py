@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradflow import GradientFlow, Recorder, Skip, load_runs
 from gradflow.data import Batches, Split
+from gradflow.errors import SpecError
 from gradflow.recording import Divergence
 from gradflow.spec import RunSpec
 from gradflow.training.module import Classifier
@@ -363,7 +364,7 @@ def test_a_saved_fit_is_a_run(
     assert not run.alive
     count = {"done": STEPS, "diverged": 4}.get(status, 3)
     assert run.frame("steps")["step"].tolist() == list(range(count))
-    assert run.record["steps"] == count
+    assert run.record["steps"] == count - (status == "diverged")  # updates
     assert not any(each._forward_hooks for each in module.modules())
 
 
@@ -380,6 +381,26 @@ def test_a_callback_serves_one_fit_after_another() -> None:
     expected = GradientFlow(schedule=EVERY)
     fit(Module(), expected, accumulate_grad_batches=2)
     assert_equal(flow.recorder, expected.recorder)
+
+
+def test_a_fit_resumed_from_a_checkpoint_numbers_on(tmp_path: Path) -> None:
+    whole, first = GradientFlow(schedule=EVERY), GradientFlow(schedule=EVERY)
+    fit(Module(), whole, max_epochs=2)
+    stopped = fit(Module(), first)
+    stopped.save_checkpoint(tmp_path / "epoch.ckpt")
+    second = GradientFlow(schedule=EVERY)
+    trainer(second, max_epochs=2).fit(Module(), loader(), ckpt_path=tmp_path / "epoch.ckpt")
+    for table in ("weights", "outputs", "blocks", "steps"):
+        parts = [flow.recorder.table(table) for flow in (first, second)]
+        assert parts[1]["step"].tolist()[0] == STEPS
+        together = pd.concat(parts, ignore_index=True)
+        pd.testing.assert_frame_equal(together, whole.recorder.table(table), check_exact=True)
+
+
+@pytest.mark.parametrize("wrong", ["stpo", None])
+def test_what_is_done_on_divergence_is_one_of_two(wrong: str | None) -> None:
+    with pytest.raises(SpecError, match=f"^on_divergence={wrong}: allowed is stop, continue$"):
+        GradientFlow(on_divergence=wrong)  # type: ignore[arg-type]
 
 
 def test_a_module_without_an_optimizer() -> None:

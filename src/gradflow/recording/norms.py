@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 # On a CPU, float32 is faster than float64 between these numbers of elements, and its `sum` of
 # squares, which adds up in cascades, errs by less than 1e-6. (Its `vector_norm` adds up one after
-# another, and errs by up to 2e-4 where one element dwarfs the others.) Where the norm is above the
-# bound and finite, no square has overflowed, and those that underflowed do not matter.
+# another, and errs by up to 2e-4 where one element dwarfs the others; for few elements it is no
+# faster.) Where the norm is above the bound and finite, no square has overflowed, and those that
+# underflowed do not matter.
 _FASTER = range(2**13, 2**17 + 1)
 _SAFE = 1e-12
 
@@ -22,12 +24,25 @@ def norm(tensor: Tensor) -> Tensor:
     looking at a value costs nothing, float32 comes first where it is faster.
     """
     kind = tensor.device.type
+    if kind == "cpu":
+        return _cpu_norm(tensor).double()
     if kind == "mps":
         return _scaled_norm(tensor)
-    if kind == "cpu" and tensor.dtype != torch.float64 and tensor.numel() in _FASTER:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """`norm` of each tensor, as one vector on their device."""
+    if not tensors or tensors[0].device.type == "cpu":  # a quarter faster than to stack `norm`s
+        return torch.tensor([_cpu_norm(tensor).item() for tensor in tensors], dtype=torch.float64)
+    return torch.stack([norm(tensor) for tensor in tensors])
+
+
+def _cpu_norm(tensor: Tensor) -> Tensor:
+    if tensor.numel() in _FASTER and tensor.dtype != torch.float64:
         quick = tensor.float().square().sum().sqrt()
-        if _SAFE < quick.item() < torch.inf:
-            return quick.double()
+        if _SAFE < quick.item() < math.inf:
+            return quick
     return torch.linalg.vector_norm(tensor, dtype=torch.float64)
 
 
@@ -35,8 +50,3 @@ def _scaled_norm(tensor: Tensor) -> Tensor:
     largest = tensor.abs().amax().float()
     usable = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
     return torch.linalg.vector_norm(tensor.float() / usable) * usable
-
-
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """`norm` of each tensor, as one vector on their device."""
-    return torch.stack([norm(t) for t in tensors]) if tensors else torch.zeros(0).double()

@@ -16,9 +16,11 @@ recorded steps are bitwise those without a recorder.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -73,16 +75,22 @@ class Divergence:
 
 @dataclass
 class _Module:
-    """One row of modules.parquet, filled in as the module is first executed."""
+    """One row of modules.parquet."""
 
     layer: str
     kind: str
     shape: str
     parameters: int
-    position: int | None = None
-    first_step: int | None = None
-    stage: int | None = None
     calls: int = 0
+
+
+@dataclass
+class _Call:
+    """What was seen of a module in the first step that executes it, while that is under way."""
+
+    row: _Module
+    count: int = 0
+    signature: tuple[Any, ...] | None = None
 
 
 class _Buffer:
@@ -177,8 +185,10 @@ class Recorder:
     """Records gradient flow through `model`; a context manager for any loop.
 
     Call `step` once an update, after `backward` (and after unscaling and reducing, before
-    clipping) and before `optimizer.step()`. Of an update under way when the block ends nothing
-    is recorded.
+    clipping) and before `optimizer.step()`. All forward passes since the step before count for
+    it, whatever mode the model is in: evaluate under `torch.no_grad()`, or in `paused()`. Where a
+    forward pass of the model raises, what was seen of outputs and blocks since the step before is
+    dropped. Of an update under way when the block ends nothing is recorded.
 
     Args:
         model: any module. Recorded are all modules with floating-point parameters of their own,
@@ -248,9 +258,13 @@ class Recorder:
         self._tables: dict[str, list[pa.Table]] = {}
         self._before: list[Tensor] | None = None
         self._undo: list[Callable[[], None]] = []
-        self._stage, self._executed, self._modules_written = 1, 0, 0
+        self._entering: dict[str, Callable[[], None]] = {}  # layer -> undo, once its place is known
+        self._calls: dict[str, _Call] = {}  # of layers first executed in the step under way
+        self._order: dict[str, tuple[int, int]] = {}  # layer -> its place among them, stage
+        self._stage, self._modules_written = 1, 0
         self._stages: dict[tuple[Any, ...], int] = {}
-        self._joining = False
+        self._joining = self._paused = False
+        self._under_way = 0  # counts what is collected for a step, and what was dropped
         self._flushed = time.monotonic()
         self._started = time.monotonic()
 
@@ -299,10 +313,13 @@ class Recorder:
                 parameters=sum(parameter.numel() for parameter in own),
             )
             self._modules.append(row)
+        owners = {row.layer: row for row in self._modules}
         self._blocks = [module for _, module in blocks]
-        # A block with a parameter of its own stands among the owners too, under one name.
-        self._block_names = [name or type(module).__name__ for name, module in blocks]
-        self._modules += [_Module(name, "block", "", 0) for name in self._block_names]
+        for name, module in blocks:
+            layer = name or type(module).__name__
+            row = owners.get(layer, _Module(layer, "block", "", 0))
+            row.kind = "block"  # one with parameters of its own is an owner too, with one row
+            self._modules.append(row)
         width = max(map(len, self._own), default=0)
         padded = [own + [len(self._parameters)] * (width - len(own)) for own in self._own]
         self._gather = torch.tensor(padded, dtype=torch.int64, device=self._device)
@@ -315,7 +332,13 @@ class Recorder:
         else:
             self._writer = self._save
         self._started = self._flushed = time.monotonic()
+        whole = _Watch(self._on_pass, _ignore)
+        self._undo.append(self.model.register_forward_hook(whole, always_call=True).remove)
         for index, module in enumerate(self._owners):
+            row = self._modules[index]
+            if row.layer not in self._order and row.kind != "block":
+                watch = _Watch(partial(self._on_enter, row), _ignore)
+                self._entering[row.layer] = module.register_forward_pre_hook(watch).remove
             watch = _Watch(partial(self._on_output, index), _ignore)
             self._undo.append(module.register_forward_hook(watch).remove)
         for index, block in enumerate(self._blocks):
@@ -331,11 +354,11 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for undo in self._undo:
+        for undo in (*self._undo, *self._entering.values()):
             undo()
         self._undo.clear()
-        for buffer in self._buffers.values():
-            buffer.forget()
+        self._entering.clear()
+        self._forget()
         self.flush()
         if isinstance(self._save, str | Path) and self._writer is not None:
             self._finish_external(self._writer, kind, error)
@@ -348,11 +371,45 @@ class Recorder:
     def _measures(self, table: str) -> bool:
         return table in self._buffers and self._schedules[table](self.next_step)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward and backward passes in this block leave no trace.
+
+        For what is no part of the step: an evaluation that needs gradients, a penalty's gradient,
+        a GAN's other pass.
+        """
+        outer, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = outer
+
+    def _watching(self) -> bool:
+        return torch.is_grad_enabled() and not self._paused
+
+    def _on_pass(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After each forward pass of the model; after one that raised, without an output."""
+        if output is None and sys.exception() is not None and self._watching():
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was seen since the last step."""
+        for buffer in self._buffers.values():
+            buffer.forget()
+        self._calls.clear()
+        self._under_way += 1
+
+    def _on_enter(self, row: _Module, *_: Any) -> None:
+        if self._watching() and row.layer not in self._order:
+            self._calls.setdefault(row.layer, _Call(row))
+
     def _on_output(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled():
+        if not self._watching():
             return
         tensors = list(_tensors(output))
-        self._note_call(self._modules[index], tensors)
+        call = self._calls.get(self._modules[index].layer)
+        if call is not None and call.row.kind != "block":  # a block is called in its `terms`
+            self._note_call(call, tensors)
         if self._measures("outputs"):
             buffer = self._buffers["outputs"]
             for tensor in tensors:
@@ -362,9 +419,12 @@ class Recorder:
     def _on_terms(
         self, index: int, original: Callable[..., Any], x: Tensor, branch: Tensor
     ) -> tuple[Tensor | None, Tensor]:
-        if not torch.is_grad_enabled():
+        if not self._watching():
             return original(x, branch)
-        self._note_call(self._modules[len(self._owners) + index], [branch])
+        row = self._modules[len(self._owners) + index]
+        self._on_enter(row)
+        if row.layer in self._calls:
+            self._calls[row.layer].count += 1
         outer, self._joining = self._joining, True
         try:
             if not self._measures("blocks"):
@@ -400,28 +460,49 @@ class Recorder:
 
     def _watch_gradient(self, buffer: _Buffer, index: int, name: str, tensor: Tensor) -> None:
         if name in buffer.index and tensor.requires_grad:
-            tensor.register_hook(partial(self._on_gradient, buffer, index, name, self.next_step))
+            tensor.register_hook(partial(self._on_gradient, buffer, index, name, self._under_way))
 
     def _on_gradient(
-        self, buffer: _Buffer, index: int, name: str, step: int, gradient: Tensor
+        self, buffer: _Buffer, index: int, name: str, under_way: int, gradient: Tensor
     ) -> None:
-        if step == self.next_step:
+        if under_way == self._under_way and not self._paused:
             self._add(buffer, index, name, gradient.detach())
 
-    def _note_call(self, row: _Module, outputs: list[Tensor]) -> None:
-        if row.position is None:
-            row.position, row.first_step = self._executed, self.next_step
-            self._executed += 1
-            if self._joining and row.kind != "block":
-                row.kind = "other"  # a gate of the skip, no layer of the branch
-            if row.kind in ("conv", "linear") and outputs:
-                # A stage is a size of feature maps, or a width; the first to appear is stage 1.
-                shape = outputs[0].shape
-                signature = (row.kind, *(shape[2:] if row.kind == "conv" else shape[-1:]))
-                self._stage = self._stages.setdefault(signature, len(self._stages) + 1)
-            row.stage = self._stage
-        if row.first_step == self.next_step:
-            row.calls += 1
+    def _note_call(self, call: _Call, outputs: list[Tensor]) -> None:
+        row = call.row
+        call.count += 1
+        if self._joining:
+            row.kind = "other"  # a gate of the skip, no layer of the branch
+        if call.signature is None and row.kind in ("conv", "linear") and outputs:
+            # A stage is a size of feature maps, or a width; the first to appear is stage 1.
+            shape = outputs[0].shape
+            call.signature = (row.kind, *(shape[2:] if row.kind == "conv" else shape[-1:]))
+
+    def _close_order(self) -> None:
+        """Give a place to what this step was the first to execute."""
+        for layer, call in self._calls.items():
+            if call.signature is not None:
+                self._stage = self._stages.setdefault(call.signature, len(self._stages) + 1)
+            self._order[layer] = (len(self._order), self._stage)
+            call.row.calls = call.count
+            self._entering.pop(layer, _ignore)()
+        self._calls.clear()
+        self._under_way += 1
+
+    def _nearest(self, layer: str) -> str | None:
+        """The layer itself, if it was executed, else the nearest executed one around it.
+
+        PyTorch's attention uses the weights of its `out_proj`, say, without executing it.
+        """
+        while layer and layer not in self._order:
+            layer = layer.rpartition(".")[0]
+        return layer or None
+
+    def _place(self, row: _Module, index: int = 0) -> tuple[int, bool, int]:
+        """Sorts by position: what was not executed right behind its nearest, or else last."""
+        nearest = self._nearest(row.layer)
+        place = 10**9 if nearest is None else self._order[nearest][0]
+        return (place, nearest != row.layer, index)
 
     def _on_update(self, *_: Any) -> None:
         if self._before is None or not self._buffers["weights"].steps:
@@ -454,6 +535,7 @@ class Recorder:
         began = time.perf_counter()
         for buffer in self._buffers.values():
             buffer.close(self.next_step)
+        self._close_order()
         present = [parameter.grad is not None for parameter in self._parameters]
         gradients = norms([self._gradient(parameter) for parameter in self._parameters])
         total = norm(gradients) if any(present) else None
@@ -511,14 +593,14 @@ class Recorder:
         if buffer is None or "weight_grad_norm" not in buffer.index or not buffer.steps:
             return None
         rows = [
-            (_place(row, i), row.kind)
+            (self._place(row, i), row.kind)
             for i, row in enumerate(self._rows("weights"))
-            if row.position is not None
+            if row.layer in self._order
         ]
         for kind in ("conv", "linear"):
             order = sorted(place for place, known in rows if known == kind)
             if len(order) > 1:
-                first, last = (buffer.current("weight_grad_norm")[order[i][1]] for i in (0, -1))
+                first, last = (buffer.current("weight_grad_norm")[order[i][-1]] for i in (0, -1))
                 return float(first / last)
         return None
 
@@ -539,6 +621,11 @@ class Recorder:
         steps, self._step_rows = _plain(self._step_rows), []
         if self.divergence is None:
             self.divergence = self._first_divergence(steps, drained)
+        if self._writer is not None and steps and len(self._order) > self._modules_written:
+            from gradflow import schema
+
+            self._writer.write("modules", schema.table("modules", self._module_columns()))
+            self._modules_written = len(self._order)
         for name, (numbers, values, measured) in drained.items():
             self._emit(name, self._long_columns(name, numbers, values, measured))
         if steps:
@@ -546,11 +633,6 @@ class Recorder:
         if self._evaluations:
             self._emit("evaluations", _columns(self._evaluations, "step", np.int32))
             self._evaluations = []
-        if self._writer is not None and steps and self._executed > self._modules_written:
-            from gradflow import schema
-
-            self._writer.write("modules", schema.table("modules", self._module_columns()))
-            self._modules_written = self._executed
         self._flushed = time.monotonic()
         self.seconds += time.perf_counter() - began
 
@@ -576,7 +658,7 @@ class Recorder:
         import pyarrow as pa
 
         rows = self._rows(name)
-        order = sorted(range(len(rows)), key=lambda i: _place(rows[i], i))
+        order = sorted(range(len(rows)), key=lambda i: self._place(rows[i], i))
         values, measured = values[:, order], measured[:, order]
         kept = measured.any(axis=2)
         row, layer = np.nonzero(kept)
@@ -593,18 +675,15 @@ class Recorder:
         return columns
 
     def _module_columns(self) -> dict[str, list[Any]]:
-        merged: dict[str, _Module] = {}
-        for row in self._modules:  # a block with parameters of its own keeps them in one row
-            known = merged.get(row.layer)
-            if known is not None:
-                row = _Module(
-                    **asdict(row) | {"shape": known.shape, "parameters": known.parameters}
-                )
-            merged[row.layer] = row
-        rows = sorted(merged.values(), key=lambda row: _place(row, 0))
-        labels = ("layer", "position", "kind", "stage", "shape", "parameters", "calls")
+        different = {row.layer: row for row in self._modules}
+        rows = sorted(different.values(), key=self._place)
+        labels = ("layer", "kind", "shape", "parameters", "calls")
         columns: dict[str, list[Any]] = {n: [getattr(row, n) for row in rows] for n in labels}
-        return columns | {"position": list(range(len(rows)))}
+        nearest = [self._nearest(row.layer) for row in rows]
+        stages = [None if layer is None else self._order[layer][1] for layer in nearest]
+        columns |= {"position": list(range(len(rows))), "stage": stages}
+        order = ("layer", "position", "kind", "stage", "shape", "parameters", "calls")
+        return {name: columns[name] for name in order}
 
     # --- divergence -------------------------------------------------------------------------------
 
@@ -637,7 +716,7 @@ class Recorder:
                     side = forward if quantity.is_rms else backward
                     if quantity.is_rms or "grad" in quantity.name:
                         side += [
-                            (_place(rows[i], i), rows[i].layer, quantity.name)
+                            (self._place(rows[i], i), rows[i].layer, quantity.name)
                             for i in np.flatnonzero(bad).tolist()
                         ]
         if forward:
@@ -714,16 +793,19 @@ class Recorder:
         from gradflow.store import METRICS
 
         lasted = time.monotonic() - self._started
+        found = self.divergence
+        # A loop that ended at the step that diverged did not apply its update.
+        ended = found is not None and found.step == self.next_step - 1
         fields: dict[str, Any] = {
-            "steps": self.next_step,
+            "steps": self.next_step - 1 if ended else self.next_step,
             "environment": environment(str(self._device), torch.get_num_threads()),
             "metrics": {name: self._metrics[name] for name in METRICS if name in self._metrics},
             "recorder_seconds": self.seconds,
             "recorder_share": self.seconds / lasted if lasted else None,
         }
         status = "done"
-        if self.divergence is not None:
-            status, fields["divergence"] = "diverged", asdict(self.divergence)
+        if found is not None:
+            status, fields["divergence"] = "diverged", asdict(found)
         if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
             status = "interrupted"
         elif kind is not None:
@@ -752,11 +834,6 @@ def _kind(module: nn.Module) -> str:
     if isinstance(module, _NORMALISATIONS):
         return "norm"
     return "embedding" if isinstance(module, nn.Embedding | nn.EmbeddingBag) else "other"
-
-
-def _place(row: _Module, index: int) -> tuple[int, int]:
-    """Sorts by position; modules that were never executed come last."""
-    return (row.position if row.position is not None else 10**9, index)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -837,10 +914,17 @@ def _wrap_terms(block: nn.Module, around: Callable[..., Any]) -> Callable[[], No
 def _external_writer(path: str | Path, meta: dict[str, Any]) -> RunWriter:
     from gradflow.store import RunWriter
 
-    if isinstance(meta.get("skip"), bool):
-        meta = meta | {"skip": "identity" if meta["skip"] else "none"}
     try:
-        json.dumps(meta)
+        meta = json.loads(json.dumps(meta, default=_item))
     except (TypeError, ValueError) as error:
         raise SpecError(f"meta: wants names with plain values ({error})") from None
+    if isinstance(meta.get("skip"), bool):
+        meta["skip"] = "identity" if meta["skip"] else "none"
     return RunWriter(path, meta, origin="external")
+
+
+def _item(value: Any) -> Any:
+    """NumPy's numbers as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"not {type(value).__name__}")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from torch import Tensor, nn
 
+from gradflow.errors import SpecError
 from gradflow.recording import Recorder
 from gradflow.recording.schedules import Schedule
+from gradflow.spec import ON_DIVERGENCE
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,9 @@ class GradientFlow(pl.Callback):
         repeat_forward: repeats the last forward pass, to find the module at which it diverged
             where outputs were not measured.
 
+    Raises:
+        SpecError: an `on_divergence` that there is not.
+
     Attributes:
         recorder: the `Recorder`, from the start of the fit on; its tables stay readable after it.
     """
@@ -53,6 +58,9 @@ class GradientFlow(pl.Callback):
         values: Callable[[], Mapping[str, Tensor | float]] | None = None,
         repeat_forward: Callable[[], None] | None = None,
     ):
+        if on_divergence not in ON_DIVERGENCE:
+            allowed = ", ".join(ON_DIVERGENCE)
+            raise SpecError(f"on_divergence={on_divergence}: allowed is {allowed}")
         self._options = {"quantities": quantities, "schedule": schedule, "save": save, "meta": meta}
         self._on_divergence, self._model = on_divergence, model
         self._values, self._repeat_forward = values, repeat_forward
