@@ -134,6 +134,28 @@ def test_a_block_may_declare_its_terms_itself() -> None:
     assert "0" in column(recorder, "weights", "weight_norm")
 
 
+class Lent(nn.Module):
+    """A block that uses its gate's weights without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.inner = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def terms(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        return nn.functional.linear(x, self.gate.weight), branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip_term, branch_term = self.terms(x, self.inner(x))
+        return skip_term + branch_term
+
+
+def test_what_a_block_uses_without_calling_it_stands_behind_it() -> None:
+    network = nn.Sequential(Lent(), Lent())
+    recorder = record(network, lambda: network(torch.randn(3, 4)).sum())
+    layers = ["0.inner", "0", "0.gate", "1.inner", "1", "1.gate"]
+    assert recorder.table("modules")["layer"].tolist() == layers
+
+
 def test_gates_are_no_layers() -> None:
     network = build_network("mlp", depth=6, width=8, in_channels=4, skip="highway")
     recorder = record(network, lambda: network(torch.randn(3, 4)).sum())
