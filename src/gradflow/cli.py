@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gradflow.errors import GradflowError, SpecError
 from gradflow.interrupt import Interrupt
@@ -148,8 +149,7 @@ def _check_surroundings(specs: list[RunSpec], execution: Execution) -> None:
     for spec in specs:
         spec.data.check_files()
         _check_target(spec)
-        if spec.precision == "fp16" and execution.device == "cpu":
-            raise SpecError("precision=fp16: the CPU trains in fp32, bf16 or fp64")
+        spec.check_device(execution.device)
     check_logger(execution.logger)
 
     from gradflow.store import prepare
@@ -159,27 +159,35 @@ def _check_surroundings(specs: list[RunSpec], execution: Execution) -> None:
 
 def _check_target(spec: RunSpec) -> None:
     target = spec.network.target
-    package = target.partition(".")[0] if target is not None else "gradflow"
+    if target is None:
+        return
+    package = target.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         raise SpecError(f"network.target={target}: there is no module {package!r}")
 
 
 def _run(spec: RunSpec, execution: Execution) -> int:
     from gradflow.progress import Display, guarded
-    from gradflow.store import find
     from gradflow.tables import summary
 
-    if find(execution.runs_dir, spec) is not None:
-        print("in the store already, not run again:")
+    last: dict[str, Any] = {}
     try:
         with Display() as display:
             from gradflow.run import run
 
-            finished = run(spec, emit=guarded(display), **asdict(execution))
+            draw = guarded(display)
+
+            def emit(event: dict[str, Any]) -> None:
+                last.update(event)
+                draw(event)
+
+            finished = run(spec, emit=emit, **asdict(execution))
     except KeyboardInterrupt:
         where = Path(execution.runs_dir) / spec.name
         print(f"interrupted; what was recorded lies in {where}", file=sys.stderr)
         raise
+    if last["reused"]:
+        print("in the store already, not run again:")
     for line in summary(finished):
         print(line)
     return 0

@@ -44,26 +44,21 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test split, standardised by the training split's mean and deviation."""
+    """A training and a test split, standardised by the training split's mean and deviation.
+
+    `digest` is a SHA-256 over both as they were loaded, the same on any device and in any format.
+    """
 
     train: Split
     test: Split
     num_classes: int
+    digest: str
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over both splits, as they are fed to the network."""
-        state = hashlib.sha256()
-        for split in (self.train, self.test):
-            state.update(split.images.contiguous().cpu().numpy().tobytes())
-            state.update(split.labels.cpu().numpy().tobytes())
-        return state.hexdigest()[:16]
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Data:
         """The same data on a device, images in the given number format."""
@@ -86,7 +81,16 @@ def load_data(spec: DataSpec) -> Data:
         return Split(torch.from_numpy(standard), torch.from_numpy(labels.astype(np.int64)))
 
     classes = int(max(train_y.max(), test_y.max())) + 1
-    return Data(split(train_x, train_y), split(test_x, test_y), max(classes, 2))
+    train, test = split(train_x, train_y), split(test_x, test_y)
+    return Data(train, test, max(classes, 2), _digest(train, test))
+
+
+def _digest(*splits: Split) -> str:
+    state = hashlib.sha256()
+    for split in splits:
+        state.update(split.images.numpy().tobytes())
+        state.update(split.labels.numpy().tobytes())
+    return state.hexdigest()[:16]
 
 
 _Arrays = tuple[np.ndarray, np.ndarray]

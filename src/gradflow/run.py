@@ -18,18 +18,16 @@ from torch.nn import functional
 
 from gradflow.data import Batches, Data, consumed_digest, load_data, seed_step
 from gradflow.environment import environment
-from gradflow.errors import GradflowError, SpecError
+from gradflow.errors import GradflowError
 from gradflow.networks import build
 from gradflow.recording import Recorder
-from gradflow.recording.quantities import ALL
-from gradflow.recording.schedules import Schedule, every
+from gradflow.recording.quantities import ALL, DEFAULT
+from gradflow.recording.schedules import FIRST_STEPS, Schedule, every
 from gradflow.spec import Execution, RunSpec
 from gradflow.store import CHECKPOINT, Run, RunWriter, encode, find, prepare
 from gradflow.tracking import Tracker, make_tracker
 
 Emit = Callable[[dict[str, Any]], None]
-
-_FIRST_STEPS = 5
 
 
 def run(spec: RunSpec, *, emit: Emit | None = None, **settings: Any) -> Run:
@@ -266,18 +264,15 @@ def _autocast(spec: RunSpec, device: torch.device) -> contextlib.AbstractContext
 
 
 def _quantities(spec: RunSpec) -> tuple[str, ...]:
-    if spec.record.name == "none":
-        return ()
-    everything = spec.record.name == "all"
-    return tuple(name for name in ALL if everything or name != "update_norm")
+    return {"none": (), "default": DEFAULT, "all": ALL}[spec.record.name]
 
 
 def _schedules(spec: RunSpec) -> dict[str, Schedule]:
     rates = spec.record.every
     return {
         "weights": every(rates.weights or 0),
-        "outputs": every(rates.outputs or 0, first=_FIRST_STEPS),
-        "blocks": every(rates.blocks or 0, first=_FIRST_STEPS),
+        "outputs": every(rates.outputs or 0, first=FIRST_STEPS),
+        "blocks": every(rates.blocks or 0, first=FIRST_STEPS),
     }
 
 
@@ -301,8 +296,7 @@ def _device(name: str, spec: RunSpec) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise GradflowError(f"device={name}: this machine has no such device") from None
-    if spec.precision == "fp16" and device.type == "cpu":
-        raise SpecError("precision=fp16: the CPU trains in fp32, bf16 or fp64")
+    spec.check_device(device.type)
     return device
 
 

@@ -546,6 +546,11 @@ class RunSpec:
         depth = "na" if self.depth is None else self.depth
         return f"{self.network.name}-{depth}-{self.skip or 'na'}-s{self.seed}-{self.run_id}"
 
+    def check_device(self, device: str) -> None:
+        """Raise SpecError where that kind of device cannot compute the run."""
+        if self.precision == "fp16" and device == "cpu":
+            raise SpecError("precision=fp16: the CPU trains in fp32, bf16 or fp64")
+
     def to_dict(self) -> dict[str, Any]:
         """All keys with defaults written out, parts as nested mappings: the text of spec.json."""
         return asdict(self)

@@ -177,6 +177,8 @@ def test_a_diverged_step_updates_nothing(run):
     shorter = run(**HOT | {"max_steps": step})
     assert shorter.status == "done"
     assert done.metrics == pytest.approx(shorter.metrics, nan_ok=True)
+    final = done.frame("evaluations")
+    assert final[final["split"] == "train"]["step"].tolist() == [step]
 
 
 def test_the_module_is_found_where_outputs_were_not_measured(run):

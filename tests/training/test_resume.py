@@ -23,6 +23,7 @@ KINDS = [
     {"optimizer": "adam", "lr": 1e-3, "schedule": "cosine", "warmup": 5, "epochs": 3},
     {"batch_size": 50, "accumulate": 3, "record": "all", "epochs": 4, "clip": 0.5},
     {"max_steps": 33, "precision": "bf16"},
+    {"epochs": 3, "precision": "fp64"},
 ]
 
 

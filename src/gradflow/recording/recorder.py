@@ -575,12 +575,17 @@ class Recorder:
         measured = [present is None or any(present[i] for i in own) for own in self._own]
         self._buffers["weights"].fill(name, by_module, np.array(measured))
 
-    def evaluate(self, split: str, **metrics: Tensor | float) -> None:
-        """Record metrics (`loss`, `accuracy`, …) of a split at the present parameters."""
+    def evaluate(self, split: str, *, step: int | None = None, **metrics: Tensor | float) -> None:
+        """Record metrics (`loss`, `accuracy`, …) of a split at the present parameters.
+
+        Args:
+            step: how many updates these have had, if not as many as steps were recorded.
+        """
         if self._writer is not None and self._writer.record["status"] != "running":
             raise RuntimeError("Recorder.evaluate after its `with` block: the run is finished")
         numbers = {name: float(value) for name, value in metrics.items()}
-        self._evaluations.append({"step": self.next_step, "split": split} | numbers)
+        at = self.next_step if step is None else step
+        self._evaluations.append({"step": at, "split": split} | numbers)
         self._metrics |= {f"{split}_{name}": value for name, value in numbers.items()}
 
     def first_to_last(self) -> float | None:

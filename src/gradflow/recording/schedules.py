@@ -14,9 +14,12 @@ def every(n: int, *, first: int = 0) -> Schedule:
     return lambda step: step % n == 0 or step < first
 
 
+FIRST_STEPS = 5
+"""Steps at the start that are measured however rarely a table is."""
+
 DEFAULTS: dict[str, Schedule] = {
     "weights": every(1),
-    "outputs": every(10, first=5),
-    "blocks": every(10, first=5),
+    "outputs": every(10, first=FIRST_STEPS),
+    "blocks": every(10, first=FIRST_STEPS),
 }
 """Schedule of each table where none is given."""

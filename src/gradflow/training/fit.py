@@ -138,7 +138,6 @@ class _Watch(pl.Callback):
         self._spec, self._writer = module.spec, writer
         self._tracker, self._emit = tracker, emit
         self._per_epoch = module.spec.but(max_steps=None, epochs=1).updates(len(data.train))
-        self._data_digest = data.digest
         self._seen = module.start
         self.digest = ""  # of the batches trained on, see `consumed_digest`
         self.fit_seconds = 0.0
@@ -150,8 +149,9 @@ class _Watch(pl.Callback):
     def updates(self) -> int:
         """Updates that were applied: not that of the step at which the run diverged and ended."""
         found, made = self.recorder.divergence, self._module.updates
-        ended = found is not None and self._spec.on_divergence == "stop"
-        return found.step if ended and found is not None and found.step == made - 1 else made
+        if found is None or self._spec.on_divergence != "stop":
+            return made
+        return found.step if found.step == made - 1 else made
 
     @property
     def recorder(self) -> Recorder:
@@ -190,7 +190,7 @@ class _Watch(pl.Callback):
         losses, accuracies = (torch.stack(values) for values in zip(*self._epoch, strict=True))
         self._epoch.clear()
         seen = {"loss": float(losses.mean()), "accuracy": float(accuracies.mean())}
-        self.recorder.evaluate("train_batches", **seen)
+        self.recorder.evaluate("train_batches", step=self.updates, **seen)
         test = self._evaluate(trainer, "test")
         self._test = (self.updates, test)
         self._tracker.log(
@@ -203,7 +203,7 @@ class _Watch(pl.Callback):
     def _evaluate(self, trainer: pl.Trainer, split: str) -> dict[str, float]:
         context = trainer.precision_plugin.forward_context()
         found = evaluate(self._module.network, getattr(self._data, split), context)
-        self.recorder.evaluate(split, **found)
+        self.recorder.evaluate(split, step=self.updates, **found)
         self._say("evaluation", step=self.updates, split=split, **found)
         return found
 
@@ -232,7 +232,7 @@ class _Watch(pl.Callback):
             "part": self._writer.part,
             "seconds": self._writer.seconds,
             "fit_seconds": self.fit_seconds + self._saved - self.began,
-            "data": self._data_digest,
+            "data": self._data.digest,
             "digest": self.digest,
             "epoch": self._epoch,
         }
