@@ -82,6 +82,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, keys):
     assert done.record["resumed"][-1]["environment"]["threads"] == 1
 
 
+def test_a_run_stopped_after_its_last_update_goes_on(tmp_path):
+    spec = RunSpec(**TINY, epochs=2)
+
+    def emit(event):
+        if event["event"] == "evaluation" and event["split"] == "train":
+            raise Stop
+
+    with pytest.raises(Stop):
+        gradflow.run(spec, runs_dir=str(tmp_path / "parts"), threads=1, emit=emit)
+    done = gradflow.run(spec, runs_dir=str(tmp_path / "parts"), threads=1)
+    assert done.record["resumed"][0]["updates"] == 27
+    assert_same(done, gradflow.run(spec, runs_dir=str(tmp_path / "whole"), threads=1))
+
+
 def test_a_checkpoint_loads_as_plain_data_and_belongs_to_its_run(tmp_path, monkeypatch):
     monkeypatch.setattr("gradflow.training.fit._PROGRESS_SECONDS", 0.0)
     spec = RunSpec(**TINY, epochs=2)

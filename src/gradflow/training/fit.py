@@ -174,7 +174,9 @@ class _Watch(pl.Callback):
         ends = self._module.updates % self._per_epoch == 0
         if ends:
             self._end_epoch(trainer)
-        if now - self._saved > checkpoint.SECONDS[0 if ends else 1] and not trainer.should_stop:
+        # Not at the last update: what goes on from a checkpoint has something left to train.
+        more = self._module.updates < self._module.total and not trainer.should_stop
+        if more and now - self._saved > checkpoint.SECONDS[0 if ends else 1]:
             self._save()
 
     def _tell_step(self) -> None:
