@@ -3,12 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow lint run report clean
+.PHONY: help demo test test-slow test-cluster lint run report clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo              train plain and residual networks, record, report (under 10 minutes)"
 	@echo "make test              the tests (under 5 minutes); test-slow: the demo's numbers, checked"
+	@echo "make test-cluster      sweeps on a Slurm cluster of two nodes that it starts here (as root)"
 	@echo "make lint              ruff and mypy"
 	@echo "make run ARGS='…'      python -m gradflow …, for instance ARGS='depth=56 skip=false max_steps=0'"
 	@echo "make report            python -m analysis: report/index.html over all of runs/"
@@ -21,6 +22,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	@$(PY) -m pytest -m slow
+
+test-cluster: $(READY)
+	@$(PY) tests/cluster/slurm.py check
+	@$(PY) -m pytest -m cluster
 
 lint: $(READY)
 	@$(PY) -m ruff check .
@@ -45,5 +50,5 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "make: $(PYTHON) has no venv: install it first (Debian: python3.11-venv)"; exit 1; }
 	@echo "Setting up .venv (about 1.7 GB; one to three minutes) …"
 	@$(PYTHON) -m venv .venv
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[wandb,dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[wandb,slurm,dev]'
 	@touch $@

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from gradflow.errors import GradflowError
-from gradflow.store import Run, RunWriter
+from gradflow.errors import GradflowError, StoreError
+from gradflow.store import Run, RunWriter, find
 from gradflow.worker import main
 
 RAISES, KILLED, EXITS, REFUSED, WAITS, STUBBORN, NOISY, DIVERGES, QUITS = range(900, 909)
@@ -26,7 +26,20 @@ def run(spec, *, emit, runs_dir, **settings):
     if spec.seed == STUBBORN:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     path = Path(runs_dir) / spec.name
-    with RunWriter(path, spec.to_dict()) as writer:
+
+    def keep(attempt):
+        if find(runs_dir, spec) is not None:
+            raise FileExistsError
+        return 0
+
+    try:
+        writer = RunWriter(path, spec.to_dict(), keep=keep)
+    except StoreError:
+        if find(runs_dir, spec) is None:
+            raise
+        emit({"event": "end", "run": spec.name, "reused": True})
+        return Run(path)
+    with writer:
         writer.update(pid=os.getpid(), settings=settings)
         try:
             emit({"event": "begin", "run": spec.name, "steps": 10, "path": str(path)})
@@ -37,7 +50,7 @@ def run(spec, *, emit, runs_dir, **settings):
             raise
         step = {"event": "step", "run": spec.name, "step": 10}
         emit(step | {"loss": math.nan, "accuracy": 0.5, "ratio": math.inf})
-        emit({"event": "end", "run": spec.name})
+        emit({"event": "end", "run": spec.name, "reused": False})
         metrics = {"train_loss": math.nan, "train_accuracy": 0.5}
         writer.finish("diverged" if spec.seed == DIVERGES else "done", metrics=metrics)
     return Run(path)

@@ -7,11 +7,11 @@ one's follows a power law, both shrink as 1/(step + 1), and each seed scales the
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crash import die
 
 from gradflow import schema
 from gradflow.spec import RunSpec
@@ -132,7 +132,7 @@ def write_run(
         "step": rate.astype(np.int32), "loss": 2.3 / (1 + rate), "accuracy": rate / 20,
         "lr": np.full_like(rate, 0.02), "grad_norm": 1 / (1 + rate)}))  # fmt: skip
     if status == "parts":  # a process that was killed: nothing merged, the lock gone with it
-        os.close(writer._lock)
+        die(writer)
         return writer.path
     metrics = {}
     if error is not None:

@@ -109,7 +109,7 @@ def test_divergence_is_a_result(main, tmp_path):
 def test_help_explains_every_key():
     shown = text()
     for name in config.known_keys():
-        if name not in ("network.name", "data.name", "record.name", "record.every"):
+        if name not in ("network.name", "data.name", "record.name", "record.every", "slurm"):
             assert f"\n  {name} " in shown, name
     assert max(map(len, shown.splitlines())) <= 100
 
@@ -191,7 +191,7 @@ def test_ctrl_c_leaves_an_interrupted_run_that_can_be_read(tmp_path):
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/*/parts/steps-*.parquet")):  # the first flush
+    while not list(tmp_path.glob("runs/*/attempt-*/steps-*.parquet")):  # the first flush
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)

@@ -107,7 +107,7 @@ def test_layers_get_the_columns_of_their_modules() -> None:
 def test_files_are_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "deep" / "weights.parquet"
+    path = tmp_path / "weights.parquet"
     schema.write(weights(), path)
     before = path.read_bytes()
     with path.open("rb") as reader:

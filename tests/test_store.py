@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from crash import die
 
 from gradflow import load_runs, schema, store
 from gradflow.errors import StoreError
@@ -70,11 +70,13 @@ def test_numbers_that_are_not_finite_are_words_in_json() -> None:
 def test_parts_while_running_one_file_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with RunWriter(path, {"depth": 3}) as writer:
-        assert names(path) == ["run.json", "spec.json"]
+        assert names(path) == ["attempt-1", "run.json", "spec.json"]
+        assert names(writer.attempt) == ["claim.json"]
         for step in range(12):
             writer.append("weights", weights(step))
         writer.append("steps", weights(0).slice(0, 0))  # no rows, no file
-        assert names(path / "parts") == [f"weights-{count:06d}.parquet" for count in range(1, 13)]
+        parts = [f"weights-{count:06d}.parquet" for count in range(1, 13)]
+        assert names(writer.attempt) == ["claim.json", *parts]
         running = Run(path)
         assert (running.status, running.alive) == ("running", True)
         assert running.frame("weights")["step"].tolist() == [s for s in range(12) for _ in LAYERS]
@@ -202,8 +204,8 @@ def test_what_an_unfinished_attempt_left_is_removed(tmp_path: Path) -> None:
     writer.write("modules", modules())
     writer.finish("failed", error="KeyError")
     (tmp_path / ".weights.parquet.123.tmp").touch()
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "steps-000001.parquet").touch()
+    (tmp_path / "attempt-7").mkdir()
+    (tmp_path / "attempt-7" / "steps-000001.parquet").touch()
     (tmp_path / "wandb").mkdir()
     RunWriter(tmp_path, {"depth": 1}).finish("done")
     assert names(tmp_path) == ["run.json", "spec.json", "wandb"]
@@ -214,10 +216,11 @@ def test_a_stale_checkpoint_is_removed_with_its_parts(tmp_path: Path) -> None:
     """Else a third attempt could go on from the first's checkpoint with the second's parts."""
     writer = RunWriter(tmp_path, {})
     writer.append("weights", weights(0))
-    (tmp_path / CHECKPOINT).touch()
+    (writer.attempt / CHECKPOINT).touch()
     writer.finish("failed")
     RunWriter(tmp_path, {}, keep=lambda path: 1).finish("failed")
-    assert names(tmp_path) == [CHECKPOINT, "parts", "run.json", "spec.json"]
+    assert names(tmp_path) == ["attempt-2", "run.json", "spec.json"]
+    assert names(tmp_path / "attempt-2") == [CHECKPOINT, "weights-000001.parquet"]
     assert "tables" not in Run(tmp_path).record
     RunWriter(tmp_path, {}).finish("failed")
     assert names(tmp_path) == ["run.json", "spec.json"]
@@ -226,7 +229,7 @@ def test_a_stale_checkpoint_is_removed_with_its_parts(tmp_path: Path) -> None:
 def test_a_damaged_record_does_not_stop_what_can_go_on(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path, {})
     writer.append("weights", weights(0))
-    (tmp_path / CHECKPOINT).touch()
+    (writer.attempt / CHECKPOINT).touch()
     writer.finish("failed")
     (tmp_path / "run.json").write_text("{")
     RunWriter(tmp_path, {}, keep=lambda path: 1).finish("done")
@@ -272,7 +275,7 @@ def test_only_the_dead_are_marked(tmp_path: Path) -> None:
     mark_dead(path, "failed", "killed")  # alive
     assert Run(path).status == "running"
     writer.append("weights", weights(0))
-    os.close(writer._lock)
+    die(writer)
     mark_dead(path, "failed", "killed by signal 9")
     assert Run(path).status == "failed"
     assert Run(path).record["error"] == "killed by signal 9"
@@ -343,7 +346,7 @@ def test_a_truncated_part_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run", {})
     writer.append("weights", weights(0))
     writer.append("weights", weights(1))
-    path = tmp_path / "run" / "parts" / "weights-000002.parquet"
+    path = tmp_path / "run" / "attempt-1" / "weights-000002.parquet"
     path.write_bytes(path.read_bytes()[:50])
     runs = load_runs(tmp_path)
     assert runs.weights().empty
@@ -397,7 +400,7 @@ def test_a_run_that_is_not_what_its_name_says_is_not_reused(tmp_path: Path) -> N
     run = write(tmp_path, spec)
     assert find(tmp_path, spec) is not None  # also with a tuple in it
     path = run.path / "spec.json"
-    for change in ({"lr": 0.5}, {"unknown": 1}):
+    for change in ({"lr": 0.5}, {"data": {"name": "synthetic"}}, {"depth": None}):
         path.write_text(json.dumps(json.loads(json.dumps(spec.to_dict())) | change))
         assert find(tmp_path, spec) is None
     path.write_text("{")
@@ -527,13 +530,14 @@ def test_a_finished_run_whose_tables_are_damaged_is_not_reused(tmp_path: Path) -
         writer.append("weights", weights(0))
     path = tmp_path / spec.name
     assert find(tmp_path, spec) is not None
-    assert Run(path).record["tables"] == {"weights": len(weights(0))}
+    size = (path / "weights.parquet").stat().st_size
+    assert Run(path).record["tables"] == {"weights": {"rows": 3, "bytes": size}}
     whole = (path / "weights.parquet").read_bytes()
     (path / "weights.parquet").write_bytes(whole[: len(whole) // 2])
     assert find(tmp_path, spec) is None
     (path / "weights.parquet").unlink()
     assert find(tmp_path, spec) is None
-    schema.write(weights(0).slice(0, 1), path / "weights.parquet")
+    schema.write(weights(0).slice(0, 0), path / "weights.parquet")
     assert find(tmp_path, spec) is None
     record = Run(path).record
     del record["tables"]  # as older runs are
@@ -542,7 +546,8 @@ def test_a_finished_run_whose_tables_are_damaged_is_not_reused(tmp_path: Path) -
     write(tmp_path, spec)  # computed again, over what was left
     found = find(tmp_path, spec)
     assert found is not None
-    assert found.record["tables"] == {"modules": 3, "weights": 6, "steps": 2}
+    rows = {name: table["rows"] for name, table in found.record["tables"].items()}
+    assert rows == {"modules": 3, "weights": 6, "steps": 2}
 
 
 def test_a_finished_record_of_a_users_loop_is_not_replaced(tmp_path: Path) -> None:
@@ -670,3 +675,70 @@ def test_nothing_recorded_is_an_empty_frame_with_its_columns(tmp_path: Path) -> 
     }  # fmt: skip
     assert frame.empty
     assert list(load_runs(tmp_path).steps()) == ["run_id", "step"]
+
+
+def test_a_run_of_a_newer_version_is_reused_and_read(tmp_path: Path) -> None:
+    """Its id says that the keys unknown here are as if they were not there."""
+    spec = RunSpec(depth=8)
+    path = write(tmp_path, spec).path
+    newer = spec.to_dict() | {"sharpness": 2, "data": {"name": "digits", "crop": False}}
+    (path / "spec.json").write_text(json.dumps(newer))
+    assert find(tmp_path, spec) is not None
+    runs = load_runs(tmp_path)
+    assert runs.runs["sharpness"].tolist() == [2]
+    assert runs.problems == []
+
+
+# --- few files ------------------------------------------------------------------------------------
+
+
+def test_many_parts_become_few_and_no_row_is_lost(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", {})
+    most = 0
+    for step in range(200):
+        writer.append("weights", weights(step))
+        writer.append("steps", schema.table("steps", {"step": [step], "loss": [1.0]}))
+        if step % 10 == 9:
+            writer.settle()
+            most = max(most, len(list(writer.attempt.glob("*.parquet"))))
+    assert most <= 2 * 8
+    reader = Run(tmp_path / "run")
+    assert reader.frame("steps")["step"].tolist() == list(range(200))
+    assert reader.frame("weights")["step"].tolist() == [s for s in range(200) for _ in LAYERS]
+    writer.finish("done")
+    assert Run(tmp_path / "run").frame("steps").equals(reader.frame("steps"))
+
+
+def test_a_kill_while_parts_are_joined_doubles_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = RunWriter(tmp_path, {})
+    for step in range(4):
+        writer.append("weights", weights(step))
+    unlink, left = Path.unlink, iter(range(2))
+
+    def killed(path: Path, **options: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writer.settle()
+    assert len(list(writer.attempt.glob("weights-*"))) == 3  # the joined one, and two of four
+    assert Run(tmp_path).frame("weights")["step"].tolist() == [s for s in range(4) for _ in LAYERS]
+    die(writer)
+    again = RunWriter(tmp_path, {}, keep=lambda attempt: 4)
+    assert names(again.attempt) == ["claim.json", "weights-000001-000004.parquet"]
+    again.append("weights", weights(4))
+    again.finish("done")
+    assert len(Run(tmp_path).frame("weights")) == 15
+
+
+def test_a_users_long_loop_leaves_few_parts(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path, {}, origin="external")
+    for step in range(640):
+        writer.append("steps", schema.table("steps", {"step": [step]}))
+    assert len(list(writer.attempt.glob("*.parquet"))) <= 10
+    assert Run(tmp_path).frame("steps")["step"].tolist() == list(range(640))

@@ -1,5 +1,6 @@
 """Sweeps with real processes and a real store, most of them over the runs of `fake_worker`."""
 
+import fcntl
 import importlib
 import json
 import os
@@ -8,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import fake_worker as fake
 import pytest
 
 from gradflow.errors import SpecError, StoreError
-from gradflow.spec import NetworkSpec, RunSpec
-from gradflow.store import Run, mark_dead
+from gradflow.spec import DataSpec, NetworkSpec, RunSpec
+from gradflow.store import Run, RunWriter, mark_dead
 from gradflow.sweep import cost, sweep
 
 module = importlib.import_module("gradflow.sweep")
@@ -64,7 +66,7 @@ def test_runs_come_in_the_order_of_the_specs_and_twice_the_same_is_computed_once
 
 
 def test_what_the_store_has_is_not_computed_again(cheap, tmp_path):
-    first, unfinished = spec(fake.DIVERGES), spec(fake.RAISES)
+    first, unfinished = spec(fake.DIVERGES), spec(fake.KILLED)
     before = sweep([first, unfinished], runs_dir=str(tmp_path), jobs=1)
     assert [run.status for run in before.runs] == ["diverged", "failed"]
     events = []
@@ -117,10 +119,8 @@ def test_two_workers_work_at_the_same_time(cheap, tmp_path):
 def test_a_worker_takes_one_run_after_another_in_one_thread(cheap, tmp_path):
     result = sweep([spec(seed) for seed in range(4)], runs_dir=str(tmp_path), jobs=2)
     assert len({run.record["pid"] for run in result.runs}) <= 2
-    assert all(
-        run.record["settings"] == {"device": "auto", "threads": 1, "logger": "none"}
-        for run in result.runs
-    )
+    settings = [run.record["settings"] for run in result.runs]
+    assert {(each["device"], each["threads"]) for each in settings} == {("auto", 1)}
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,53 @@ def test_a_worker_takes_one_run_after_another_in_one_thread(cheap, tmp_path):
 )
 def test_as_many_workers_as_cores_have_room_for(monkeypatch, tmp_path, settings, workers):
     monkeypatch.setattr(module, "_cores", lambda: 5)
-    monkeypatch.setattr(module._Pool, "compute", lambda pool, specs: None)
-    events = []
+    monkeypatch.setattr(module, "_gpus", lambda: 0)
+    assert devices_of(monkeypatch, tmp_path, settings) == ["auto"] * workers
+
+
+def devices_of(monkeypatch, tmp_path, settings):
+    """The devices of the workers that a sweep of seven runs would have."""
+    monkeypatch.setattr(
+        module._Pool, "compute", lambda pool, specs: places.extend(pool._free) or {}
+    )
+    places, events = [], []
     sweep([spec(s) for s in range(7)], display=events.append, runs_dir=str(tmp_path), **settings)
-    assert events[0]["workers"] == workers
+    assert events[0]["workers"] == len(places)
+    return places
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices"),
+    [
+        ({}, ["cuda:0", "cuda:1", "cuda:2"]),
+        ({"device": "cuda", "jobs_per_device": 2}, ["cuda:0", "cuda:1", "cuda:2"] * 2),
+        ({"device": "cuda:1"}, ["cuda:1"]),
+        ({"device": "cuda:1", "jobs_per_device": 3}, ["cuda:1"] * 3),
+        ({"jobs": 5}, ["cuda:0", "cuda:1", "cuda:2", "cuda:0", "cuda:1"]),
+        ({"devices": 2}, ["auto"]),
+        ({"device": "cpu"}, ["cpu"] * 5),
+        ({"device": "cpu", "devices": 2}, ["cpu"] * 2),
+    ],
+)
+def test_a_worker_a_gpu_or_several(monkeypatch, tmp_path, settings, devices):
+    monkeypatch.setattr(module, "_gpus", lambda: 3)
+    monkeypatch.setattr(module, "_cores", lambda: 5)
+    assert devices_of(monkeypatch, tmp_path, settings) == devices
+
+
+def test_gpus_are_those_that_are_visible(monkeypatch):
+    for visible, count in (("0,1", 2), ("", 0), ("GPU-8f3, GPU-1a2", 2), ("-1", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert module._gpus() == count
+
+
+def test_each_worker_computes_on_its_own_device(cheap, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_gpus", lambda: 2)
+    specs = [spec(seed) for seed in (*fake.PAIR, fake.KILLED, 0, 1)]
+    result = sweep(specs, runs_dir=str(tmp_path))
+    devices = [run.record["settings"]["device"] for run in result.runs]
+    assert sorted(devices[:2]) == ["cuda:0", "cuda:1"]
+    assert set(devices) == {"cuda:0", "cuda:1"}
 
 
 # --- trouble --------------------------------------------------------------------------------------
@@ -162,6 +205,139 @@ def test_what_fails_or_is_killed_does_not_stop_the_others(cheap, tmp_path):
     assert killed.record["error"] == "killed by signal 9 (SIGKILL)"
     assert not killed.alive
     assert "    killed by signal 9 (SIGKILL)" in result.summary().splitlines()
+
+
+def test_what_would_fail_again_is_tried_again_when_asked_for(cheap, tmp_path):
+    specs = [spec(fake.RAISES), spec(fake.KILLED), spec(0)]
+    sweep(specs, runs_dir=str(tmp_path), jobs=1)
+    again, asked = [], []
+    result = sweep(specs, display=again.append, runs_dir=str(tmp_path), jobs=1)
+    assert names(again, "start") == [spec(fake.KILLED).name]
+    assert result.counts == {"done": 1, "failed": 2}
+    errors = {failed.seed: error.splitlines() for failed, error in result.failures}
+    assert errors[fake.RAISES] == [
+        "ValueError: of the user's making", "failed before; retry_failed=true tries it again",
+    ]  # fmt: skip
+    sweep(specs, display=asked.append, runs_dir=str(tmp_path), jobs=1, retry_failed=True)
+    assert sorted(names(asked, "start")) == sorted(s.name for s in specs[:2])
+
+
+@pytest.mark.parametrize("seed", [fake.WAITS, fake.STUBBORN])
+def test_a_run_that_hangs_fails_at_its_timeout_and_does_not_stop_the_others(
+    cheap, monkeypatch, tmp_path, seed
+):
+    monkeypatch.setattr(module, "GRACE", 1.0)
+    specs = [spec(seed, depth=56), spec(0), spec(1)]
+    result = sweep(specs, runs_dir=str(tmp_path), jobs=1, timeout=3)
+    assert [run.status for run in result.runs] == ["failed", "done", "done"]
+    ((failed, error),) = result.failures
+    assert failed == specs[0]
+    assert error.splitlines()[-1] == "timeout: it took longer than 3 s"
+    record = result.runs[0].record
+    assert (record["failure"], record["error"]) == ("timeout", "timeout: it took longer than 3 s")
+    assert gone(record["pid"])
+
+
+def test_fail_fast_ends_the_sweep_at_the_first_failure(cheap, tmp_path):
+    specs = [spec(fake.WAITS, depth=110), spec(fake.RAISES, depth=56), spec(0), spec(1)]
+    result = sweep(specs, runs_dir=str(tmp_path), jobs=2, fail_fast=True)
+    assert result.counts == {"interrupted": 1, "failed": 1, "left": 2}
+    assert {s.seed for s, _ in result.failures} == {fake.WAITS, fake.RAISES}
+    assert result.summary().startswith("4 runs: 1 interrupted, 1 failed, 2 left.\n")
+    result = sweep(specs[1:], runs_dir=str(tmp_path), jobs=2)
+    assert result.counts == {"done": 2, "failed": 1}
+
+
+# --- several sweeps -------------------------------------------------------------------------------
+
+
+def test_a_run_that_another_process_is_at_work_on_is_waited_for(cheap, tmp_path):
+    """Done there it is done here; interrupted there it is computed here."""
+    first, second, third = specs = [spec(0), spec(1), spec(2)]
+    writers = [RunWriter(tmp_path / s.name, s.to_dict()) for s in (first, second)]
+    events = []
+
+    def display(event):
+        events.append(event)
+        if event["event"] == "end" and event["run"] == third.name:
+            writers[0].finish("done")
+            writers[1].finish("interrupted")
+
+    result = sweep(specs, display=display, runs_dir=str(tmp_path), jobs=1)
+    assert sorted(names(events, "elsewhere")) == sorted(s.name for s in (first, second))
+    assert result.counts == {"done": 3}
+    assert (result.failures, result.reused) == ([], 1)
+    assert "pid" not in result.runs[0].record  # not the worker's
+    assert result.runs[1].record["pid"]
+
+
+def test_a_run_that_fails_elsewhere_has_failed(cheap, tmp_path):
+    writer = RunWriter(tmp_path / spec(0).name, spec(0).to_dict())
+
+    def display(event):
+        if event["event"] == "elsewhere":
+            writer.finish("failed", error="ValueError: there", failure="raised")
+
+    result = sweep([spec(0)], display=display, runs_dir=str(tmp_path))
+    assert result.failures == [(spec(0), "ValueError: there")]
+
+
+def test_two_sweeps_side_by_side_share_the_work(cheap, tmp_path):
+    specs = [spec(seed) for seed in range(30)]
+    results = []
+
+    def compute(part):
+        results.append(sweep(part, runs_dir=str(tmp_path), jobs=2))
+
+    threads = [Thread(target=compute, args=(part,)) for part in (specs[:20], specs[10:])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [result.counts for result in results] == [{"done": 20}] * 2
+    assert not any(result.failures for result in results)
+    assert sum(20 - result.reused for result in results) == 30  # none was computed twice
+    assert not list(tmp_path.glob("*/attempt-*"))
+
+
+def test_a_sweep_says_in_the_store_what_it_is_of(cheap, tmp_path):
+    specs = [spec(0), RunSpec(depth=8, seed=1, data=DataSpec("files", root="nowhere"))]
+    found = []
+
+    def display(event):
+        (path,) = (tmp_path / ".sweeps").iterdir()
+        with path.open() as file:
+            found.append(json.load(file))
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert path.stem == module.plan(tmp_path, specs[::-1]).sweep_id
+
+    def shown(event):
+        if event["event"] == "start":
+            display(event)
+
+    sweep(specs, display=shown, runs_dir=str(tmp_path), jobs=1)
+    assert (found[0]["workers"], found[0]["pid"]) == (1, os.getpid())
+    assert found[0]["runs"] == [
+        {"run": specs[0].name, "cost": cost(specs[0]), "steps": 264, "missing": True},
+        {"run": specs[1].name, "cost": cost(specs[1]), "steps": None, "missing": True},
+    ]
+    assert list((tmp_path / ".sweeps").iterdir()) == []
+
+
+def test_a_plan_is_what_the_store_lacks(cheap, tmp_path):
+    done, raised = spec(0), spec(fake.RAISES)
+    sweep([done, raised], runs_dir=str(tmp_path), jobs=1)
+    todo = module.plan(tmp_path, [spec(1), done, spec(2, depth=56), raised, spec(1)])
+    assert todo.missing == [spec(2, depth=56), spec(1)]
+    assert list(todo.failed) == [raised.run_id]
+    assert len(todo.specs) == 4
+    todo = module.plan(tmp_path, [done, raised], retry_failed=True)
+    assert (todo.missing, todo.failed) == ([raised], {})
+    assert module.plan(tmp_path / "nowhere", [done]).missing == [done]
+
+
+# --- more trouble ---------------------------------------------------------------------------------
 
 
 def test_a_sweep_goes_on_where_a_worker_cannot_even_start(monkeypatch, tmp_path):

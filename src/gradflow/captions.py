@@ -153,7 +153,7 @@ def environment(run: Run) -> str:
     git = place.get("git") or {}
     if git.get("commit"):
         parts.append(f"commit {git['commit'][:10]}{', with changes' if git.get('dirty') else ''}")
-    return "; ".join(parts) or "not recorded"
+    return "; ".join([*parts, *tables.other_circumstances(run)]) or "not recorded"
 
 
 # --- commands -------------------------------------------------------------------------------------

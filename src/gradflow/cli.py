@@ -24,8 +24,8 @@ from gradflow.spec import Execution, RunSpec
 
 INTERRUPTED = 130
 _REFUSED = {
-    "hydra/launcher": "sweeps are launched by gradflow itself; use launcher=local and jobs=N",
-    "hydra/sweeper": "a sweep expands its overrides and no more; start it with -m (launcher=local)",
+    "hydra/launcher": "gradflow launches sweeps itself; use launcher=local or launcher=slurm",
+    "hydra/sweeper": "a sweep expands its overrides and no more; use -m (launcher=local, slurm)",
 }
 
 
@@ -105,6 +105,8 @@ def _check_overrides(arguments: list[str], known: list[str]) -> None:
             raise SpecError(f"{argument}: a key cannot be taken away; give it a value")
         if key == "record.every":
             raise SpecError(f"{argument}: allowed is record.every.weights=N, .outputs, .blocks")
+        if key == "slurm":
+            raise SpecError(f"{argument}: allowed is slurm.partition=NAME, slurm.time=MINUTES, …")
         if not sign:
             raise SpecError(f"{argument}: give keys as KEY=VALUE")
         free = name.startswith("+") or key.startswith(("hydra.", "hydra/", "network.args."))
@@ -137,19 +139,21 @@ def _execute(configured: list[tuple[RunSpec, Execution]], *, sweeping: bool) -> 
         if len(values) > 1:
             raise SpecError(f"{name}={','.join(sorted(values))}: one value for a whole sweep")
     _check_surroundings(specs, execution)
-    if sweeping:
+    if sweeping or execution.launcher != "local":
         return _sweep(specs, execution)
     return _run(specs[0], execution)
 
 
 def _check_surroundings(specs: list[RunSpec], execution: Execution) -> None:
     """What can be found missing without loading torch."""
+    from gradflow import ranks
     from gradflow.tracking import check_logger
 
     for spec in specs:
         spec.data.check_files()
         _check_target(spec)
         spec.check_device(execution.device)
+        ranks.check(spec, execution)
     check_logger(execution.logger)
 
     from gradflow.store import prepare

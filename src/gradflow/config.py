@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from gradflow.spec import PARTS, EverySpec, Execution, RunSpec
+from gradflow.spec import Execution, RunSpec
 
 
 def register_schema() -> None:
@@ -49,10 +49,8 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
     names = []
     for item in fields(kind):
         names.append(prefix + item.name)
-        if item.name in PARTS and not prefix:
-            names += _keys(PARTS[item.name], f"{item.name}.")
-        elif item.name == "every":
-            names += _keys(EverySpec, f"{prefix}every.")
+        if is_dataclass(item.default_factory):
+            names += _keys(item.default_factory, f"{prefix}{item.name}.")
     return names
 
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from gradflow.errors import GradflowError
+from gradflow.ranks import Ranks
 from gradflow.seeding import derived_seed
 from gradflow.spec import DataSpec
 
 Batch = tuple[Tensor, Tensor, np.ndarray]
-"""Images [n, channels, height, width], labels [n], and their indices in the split [n]."""
+"""Images [n, channels, height, width], labels [n], and the batch's indices in the split: n, or
+of several ranks the whole batch's."""
 
 _TEMPLATE, _NOISE = 3, 0.5
 
@@ -190,6 +192,7 @@ class Batches:
         accumulate: batches an update; an epoch has a whole number of updates.
         seed: with the epoch's number decides the order.
         start: how many batches of the stream to pass over, as a run that goes on does.
+        ranks: whose share of each batch to give out, where several train on it together.
 
     Attributes:
         per_epoch: batches of one epoch.
@@ -203,7 +206,9 @@ class Batches:
         accumulate: int = 1,
         seed: int = 0,
         start: int = 0,
+        ranks: Ranks | None = None,
     ):
+        self._share = (ranks or Ranks()).share(batch_size)
         self.split, self.batch_size, self.seed, self.start = split, batch_size, seed, start
         self.per_epoch = len(split) // (batch_size * accumulate) * accumulate
         if not self.per_epoch:
@@ -224,5 +229,5 @@ class Batches:
         order = torch.randperm(len(self.split), generator=generator)
         for place in range(skipped, self.per_epoch):
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-            there = chosen.to(self.split.labels.device)
+            there = chosen[self._share].to(self.split.labels.device)
             yield self.split.images[there], self.split.labels[there], chosen.numpy()

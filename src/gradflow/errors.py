@@ -11,3 +11,7 @@ class SpecError(GradflowError, ValueError):
 
 class StoreError(GradflowError, OSError):
     """A runs directory, or a run in it, that cannot be read or written."""
+
+
+class Busy(StoreError):
+    """A run that another process is at work on."""

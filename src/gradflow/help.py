@@ -16,6 +16,7 @@ from gradflow.spec import (
     NetworkSpec,
     RecordSpec,
     RunSpec,
+    SlurmSpec,
 )
 
 _HEAD = """\
@@ -60,7 +61,8 @@ def text() -> str:
         else:
             lines.append(_line(item.name, item))
     lines += ["", "Execution (no part of a run's identity):"]
-    lines += [_line(item.name, item) for item in fields(Execution)]
+    lines += [_line(item.name, item) for item in fields(Execution) if item.name != "slurm"]
+    lines += [_line(f"slurm.{item.name}", item) for item in fields(SlurmSpec)]
     return "\n".join([*lines, "", _TAIL])
 
 

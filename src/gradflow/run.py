@@ -7,24 +7,27 @@ import ctypes
 import hashlib
 import itertools
 import platform
+import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradflow.data import Batches, Data, consumed_digest, load_data, seed_step
 from gradflow.environment import environment
 from gradflow.errors import GradflowError
 from gradflow.networks import build
+from gradflow.ranks import Group, Ranks, check
 from gradflow.recording import Recorder
 from gradflow.recording.quantities import ALL, DEFAULT
 from gradflow.recording.schedules import FIRST_STEPS, Schedule, every
 from gradflow.spec import Execution, RunSpec
-from gradflow.store import CHECKPOINT, Run, RunWriter, encode, find, prepare
+from gradflow.store import CHECKPOINT, Run, RunWriter, damaged, encode, find, prepare
 from gradflow.tracking import Tracker, make_tracker
 
 Emit = Callable[[dict[str, Any]], None]
@@ -33,27 +36,32 @@ Emit = Callable[[dict[str, Any]], None]
 def run(spec: RunSpec, *, emit: Emit | None = None, **settings: Any) -> Run:
     """Compute a run and record it, unless the store has it already.
 
+    With several devices (and nodes) this process is the first of those that share the run, and
+    starts the others; see `ranks`.
+
     Args:
         spec: what to run.
         emit: is told what happens, one dict of plain JSON data at a time: `begin`, `step`,
             `evaluation`, `end`.
-        settings: fields of `Execution`: runs_dir, device, threads, logger.
+        settings: fields of `Execution`: runs_dir, device, devices, nodes, threads, logger.
 
     Returns:
         The finished run; its status is `done`, or `diverged`, which is a result too.
 
     Raises:
-        GradflowError: a device, file or directory that is not there.
+        SpecError: devices that cannot share this run.
+        GradflowError: a device, file or directory that is not there; a rank that died.
         KeyboardInterrupt: on Ctrl-C; the run is `interrupted` and all recorded so far readable.
         Exception: whatever a network of the user's raises; the run is `failed`.
     """
     execution = Execution(**settings)
+    check(spec, execution)
     tell: Emit = (lambda event: emit(encode(event))) if emit is not None else (lambda event: None)
     store = prepare(execution.runs_dir)
     found = _finished(store, spec)
     reused = found is not None
     if found is None:
-        found = _run(store, spec, execution, tell)
+        found, reused = _run(store, spec, execution, tell)
     tell(
         {"event": "end", "run": spec.name, "status": found.status, "path": str(found.path)}
         | {"metrics": found.metrics, "error": found.record.get("error"), "reused": reused}
@@ -65,37 +73,65 @@ def _finished(store: Path, spec: RunSpec) -> Run | None:
     """The run, if the store has its result; of a user's files only if they are what they were."""
     found = find(store, spec)
     if found is not None and spec.data.name == "files":
-        same = found.record.get("certificate", {}).get("data") == load_data(spec.data).digest
-        return found if same else None
+        return found if _is_on(found, load_data(spec.data)) else None
     return found
 
 
-def _run(store: Path, spec: RunSpec, execution: Execution, tell: Emit) -> Run:
-    device = _device(execution.device, spec)
-    set_up_process(execution.threads)
+def _is_on(found: Run, data: Data) -> bool:
+    return found.record.get("certificate", {}).get("data") == data.digest
+
+
+class _DoneMeanwhile(Exception):
+    """Another process has finished the run since it was looked for: the argument."""
+
+
+def _run(store: Path, spec: RunSpec, execution: Execution, tell: Emit) -> tuple[Run, bool]:
+    """The run, and whether another process was faster."""
+    device = _device(execution.device, spec, execution.devices)
+    check(spec, execution, device.type)
+    set_up_process(execution.threads, execution.devices)
     data = load_data(spec.data)
     state: dict[str, Any] = {}
 
-    def keep(directory: Path) -> int:
-        state.update(_read_checkpoint(directory, spec, data) or {})
+    def keep(attempt: Path) -> int:
+        found = find(store, spec)
+        if found is not None and _is_on(found, data):
+            raise _DoneMeanwhile(found)
+        state.update(_read_checkpoint(attempt, spec, data) or {})
         return int(state.get("part", 0))
 
-    with RunWriter(store / spec.name, spec.to_dict(), keep=keep) as writer:
+    try:
+        writer = RunWriter(store / spec.name, spec.to_dict(), keep=keep)
+    except _DoneMeanwhile as done:
+        return done.args[0], True
+    # A single pass is not worth other processes.
+    alone = replace(execution, devices=1, nodes=1) if spec.max_steps == 0 else execution
+    group = Group(spec, alone, device.type, torch.get_num_threads())
+    with writer, group:
         try:
-            _compute(spec, data, device, writer, state, execution.logger, tell)
+            _compute(spec, data, device, writer, state, execution.logger, tell, group)
         except SystemExit as error:  # in a network of the user's
             raise GradflowError(f"{spec.name}: its network called sys.exit({error.code})") from None
-    return Run(writer.path)
+    return Run(writer.path), False
 
 
-def _read_checkpoint(directory: Path, spec: RunSpec, data: Data) -> dict[str, Any] | None:
-    """What an earlier, unfinished attempt at the run, on the same data, left to go on from."""
-    if spec.max_steps == 0 or not (directory / CHECKPOINT).exists():
+def _read_checkpoint(attempt: Path, spec: RunSpec, data: Data) -> dict[str, Any] | None:
+    """What an earlier, unfinished attempt at the run, on the same data, left to go on from.
+
+    Nothing where a part of the record that belongs to it is damaged: the run begins again.
+    """
+    if spec.max_steps == 0 or not (attempt / CHECKPOINT).exists():
         return None
     from gradflow.training.checkpoint import read_checkpoint
 
-    state = read_checkpoint(directory, spec)
-    return state if state is not None and state["data"] == data.digest else None
+    state = read_checkpoint(attempt, spec)
+    if state is None or state["data"] != data.digest:
+        return None
+    broken = damaged(attempt, state["part"])
+    if broken is not None:
+        print(f"{broken}: damaged; the run begins again", file=sys.stderr)
+        return None
+    return state
 
 
 def _compute(
@@ -106,15 +142,17 @@ def _compute(
     state: dict[str, Any],
     logger: str,
     tell: Emit,
+    group: Group,
 ) -> None:
-    here = environment(str(device), torch.get_num_threads())
+    ranks = group.ranks
+    here = environment(str(device), torch.get_num_threads(), ranks.devices, ranks.nodes)
     if state:
         writer.spent = state["seconds"]
         attempts = writer.record.get("resumed", [])
         writer.update(resumed=[*attempts, {"updates": state["updates"], "environment": here}])
     else:
         writer.update(environment=here)
-    network = _network(spec, data, device)
+    network = _network(spec, data, device, ranks)
     steps = spec.updates(len(data.train))
     tell({"event": "begin", "run": spec.name, "steps": steps, "path": str(writer.path)})
     certificate = {
@@ -126,7 +164,7 @@ def _compute(
     data = data.to(device, _dtype(spec))
     tracker = make_tracker(logger, writer.path, spec, state.get("updates", 0))
     try:
-        fields = _measure(network, data, spec, device, writer, tracker, tell, state)
+        fields = _measure(network, data, spec, device, writer, tracker, tell, state, group)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         tracker.finish("interrupted" if interrupted else "failed", {}, {})
@@ -147,6 +185,7 @@ def _measure(
     tracker: Tracker,
     tell: Emit,
     state: dict[str, Any],
+    group: Group,
 ) -> dict[str, Any]:
     """Train, or measure initialisation alone; what run.json says of the outcome."""
     if spec.max_steps == 0:
@@ -164,6 +203,7 @@ def _measure(
         tracker=tracker,
         emit=tell,
         state=state or None,
+        group=group,
     )
     return {
         "steps": outcome.steps,
@@ -173,6 +213,36 @@ def _measure(
         "recorder_share": outcome.recorder_seconds / outcome.fit_seconds,
         "divergence": None if outcome.divergence is None else asdict(outcome.divergence),
     }
+
+
+def follow(
+    spec: RunSpec, ranks: Ranks, *, device: str, threads: int, address: tuple[str, int]
+) -> None:
+    """Compute a run as one of its ranks other than 0, and record nothing.
+
+    Args:
+        device: the device's type.
+        address: where rank 0 is found.
+
+    Raises:
+        GradflowError: a device or file that is not there, or other data than rank 0's.
+    """
+    name = f"{device}:{ranks.local_rank}" if device == "cuda" else device
+    place = _device(name, spec)
+    set_up_process(threads)
+    data = load_data(spec.data)
+    from gradflow.training.fit import follow as train_along
+
+    train_along(
+        _network(spec, data, place, ranks),
+        data.to(place, _dtype(spec)),
+        spec,
+        device=place,
+        schedule=_schedules(spec),
+        quantities=_quantities(spec),
+        ranks=ranks,
+        address=address,
+    )
 
 
 def _figures(writer: RunWriter, logger: str) -> dict[str, Any]:
@@ -218,14 +288,24 @@ def _measure_initialisation(
     }
 
 
-def _network(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
+def _network(spec: RunSpec, data: Data, device: torch.device, ranks: Ranks) -> nn.Module:
     channels, height, width = data.shape
     features = channels * height * width if spec.network.name == "mlp" else channels
     network = build(spec, in_channels=features, num_classes=data.num_classes)
     if spec.network.name == "custom":
         _try_out(network, spec, data)
+    if ranks.world > 1:
+        network = _synchronised(network, device)
     # Channels last is the layout that convolutions prefer, on CPUs and GPUs; it moves no number.
     return network.to(device, _dtype(spec)).to(memory_format=torch.channels_last)  # type: ignore
+
+
+def _synchronised(network: nn.Module, device: torch.device) -> nn.Module:
+    """With batch statistics over all ranks, which there are on GPUs alone."""
+    norms = [type(m).__name__ for m in network.modules() if isinstance(m, _BatchNorm)]
+    if norms and device.type != "cuda":
+        raise GradflowError(f"devices: {norms[0]} has no statistics over several ranks on the CPU")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def _try_out(network: nn.Module, spec: RunSpec, data: Data) -> None:
@@ -288,22 +368,31 @@ def _digest(parameter: torch.Tensor) -> str:
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
-def _device(name: str, spec: RunSpec) -> torch.device:
+def _device(name: str, spec: RunSpec, devices: int = 1) -> torch.device:
+    """The device of that name; the first of several, all of which must be there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise GradflowError(f"device={name}: this machine has no such device") from None
+    several = name == "cuda" and devices > 1
+    for one in [f"cuda:{number}" for number in range(devices)] if several else [name]:
+        try:
+            torch.empty(0, device=one)
+        except (RuntimeError, AssertionError):
+            raise GradflowError(f"device={one}: this machine has no such device") from None
+    device = torch.device("cuda:0" if several else name)
     spec.check_device(device.type)
     return device
 
 
-def set_up_process(threads: int | str) -> None:
-    """Set the CPU threads of this process (`auto` leaves them), and how it keeps its memory."""
+def set_up_process(threads: int | str, processes: int = 1) -> None:
+    """Set the CPU threads of this process, and how it keeps its memory.
+
+    Args:
+        threads: `auto` leaves all, or what falls to each of several `processes`.
+    """
     if threads != "auto":
         torch.set_num_threads(int(threads))
+    elif processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     if platform.system() == "Linux":
         # glibc hands large blocks back to the system and faults them in again, step by step;
         # keeping them gains 5 to 15 % of a step and steadies it.

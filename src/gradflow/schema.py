@@ -72,10 +72,12 @@ def table(name: str, columns: Mapping[str, Any], meanings: Meanings | None = Non
 
 
 def write(data: pa.Table, path: Path) -> None:
-    """Write atomically: a reader sees the old file or the new one, never a half."""
+    """Write atomically: a reader sees the old file or the new one, never a half.
+
+    Raises FileNotFoundError where the directory is not there (any more).
+    """
     values = [f.name for f in data.schema if pa.types.is_floating(f.type)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(
         data,
         temporary,

@@ -44,7 +44,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 ON_DIVERGENCE = ("stop", "continue")
 RECORDS = ("default", "none", "all")
 LOGGERS = ("none", "csv", "wandb")
-LAUNCHERS = ("local",)
+LAUNCHERS = ("local", "slurm")
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 
 # The keys each network uses, with their defaults. A key outside its network's list is refused.
@@ -173,6 +173,12 @@ def _milestones(value: Any) -> tuple[int, ...]:
     if list(steps) != sorted(set(steps)):
         raise ValueError(allowed)
     return steps
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true, false")
+    return value
 
 
 def _auto(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -346,14 +352,15 @@ def _part(kind: type, value: Any, prefix: str) -> Any:
     """A part given as itself, as its name alone, or as a mapping of its keys."""
     if isinstance(value, kind):
         return value
-    if isinstance(value, str):
+    if isinstance(value, str) and "name" in kind.__dataclass_fields__:
         return kind(name=value)
     if isinstance(value, Mapping):
         unknown = set(value) - {item.name for item in fields(kind)}
         if unknown:
             raise SpecError(f"{prefix}{min(unknown)}: no such key")
         return kind(**value)
-    raise SpecError(f"{prefix.rstrip('.')}={_spelled(value)}: allowed is a name")
+    allowed = "a name" if "name" in kind.__dataclass_fields__ else f"{prefix}KEY=VALUE"
+    raise SpecError(f"{prefix.rstrip('.')}={_spelled(value)}: allowed is {allowed}")
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -587,20 +594,57 @@ _NETWORK_ONLY = tuple(dict.fromkeys(name for keys in NETWORK_KEYS.values() for n
 
 
 @dataclass(frozen=True)
+class SlurmSpec:
+    """What a job asks Slurm for, with launcher=slurm. None leaves it to the cluster's defaults."""
+
+    partition: str | None = key(None, _text, "slurm: partition")
+    account: str | None = key(None, _text, "slurm: account to charge")
+    qos: str | None = key(None, _text, "slurm: quality of service")
+    constraint: str | None = key(None, _text, "slurm: features that a node must have")
+    time: int | None = key(None, _integer(1), "slurm: minutes a job may take before it is requeued")
+    memory: float | None = key(None, _real(0, above=True), "slurm: GB of memory a node")
+    gpus: int | None = key(None, _integer(1), "slurm: GPUs a node")
+    args: dict[str, Any] | None = key(
+        None, _arguments, "slurm: any other options of sbatch, e.g. {nice:100}"
+    )
+
+    def __post_init__(self) -> None:
+        _check_all(self, "slurm.")
+
+
+@dataclass(frozen=True)
 class Execution:
     """Where and how runs are computed: no part of a run's identity."""
 
     device: str = key("auto", _device, "auto (CUDA, else the CPU), cpu, cuda, cuda:1, mps")
+    devices: int = key(1, _integer(1), "processes that share one run, a device each, on each node")
+    nodes: int = key(1, _integer(1), "slurm: nodes that share one run")
     threads: int | str = key(
         "auto", _auto(_integer(1)), "a run's CPU threads: all cores for one run, one in a sweep"
     )
     logger: str = key("none", _choice(LOGGERS), "a mirror of the run's progress")
     launcher: str = key("local", _choice(LAUNCHERS), "where a sweep runs")
-    jobs: int | str = key("auto", _auto(_integer(1)), "runs side by side: as many as cores")
+    jobs: int | str = key(
+        "auto", _auto(_integer(1)), "runs side by side: as many as cores; slurm: jobs, no limit"
+    )
+    jobs_per_device: int = key(1, _integer(1), "runs side by side on one GPU")
+    runs_per_job: int = key(1, _integer(1), "slurm: runs that one job computes, one after another")
+    timeout: float | None = key(
+        None, _real(0, above=True), "seconds a run of a sweep may take; then it has failed"
+    )
+    retry_failed: bool = key(False, _flag, "try runs again that failed in an earlier sweep")
+    fail_fast: bool = key(False, _flag, "end the sweep at the first failure")
     runs_dir: str = key("runs", _text, "the store")
+    slurm: SlurmSpec = key(SlurmSpec, None, "what a job asks Slurm for")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "slurm", _part(SlurmSpec, self.slurm, "slurm."))
         _check_all(self)
+        if self.launcher != "slurm":
+            if self.nodes > 1:
+                raise SpecError(f"nodes={self.nodes}: only launcher=slurm has nodes")
+            if self.slurm != SlurmSpec():
+                raise SpecError("slurm: only launcher=slurm uses its keys")
 
 
 def _leaves(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -7,23 +7,23 @@ A run is one directory, described in `schema` and here:
                         rows each table has once the run has ended
     modules.parquet     one row a module or block
     <table>.parquet     weights, outputs, blocks, steps, evaluations, probes; none if it has no rows
-    parts/              until finished: <table>-<number>.parquet, merged at the end
-    checkpoint.pt       until finished: what the run goes on from
+    attempt-<n>/        until finished: claim.json of who is at work (see `claim`), checkpoint.pt to
+                        go on from, and <table>-<number>.parquet, merged at the end
     metrics.csv, wandb/ a logger's mirror, if asked for; see `tracking`
 
-Every file is written under a temporary name and renamed, so that a kill at any moment leaves a
-readable run. A run's directory is locked while its process lives (`flock`, which dies with it).
+A finished run is eight files or nine. Every file is written under a temporary name and renamed, so
+that a kill at any moment leaves a readable run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,23 +34,36 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gradflow import schema
-from gradflow.errors import StoreError
+from gradflow import claim, schema
+from gradflow.claim import Claim
+from gradflow.errors import Busy, StoreError
 from gradflow.spec import RunSpec, flatten
 
 STATUSES = ("running", "done", "diverged", "interrupted", "failed")
 FINISHED = ("done", "diverged")
 """Statuses of a run that has its result: it is not run again."""
+FAILURES = ("raised", "timeout", "killed", "system")
+"""What ended a failed run: its own code, its sweep's patience, a signal or its machine, a refusal
+of the system such as a full disk."""
+LASTING = ("raised", "timeout")
+"""Failures that the same run would meet again: a sweep does not try it again unless told to."""
 METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 CHECKPOINT = "checkpoint.pt"
 """What an unfinished run goes on from; see `training.checkpoint`."""
+SWEEPS = ".sweeps"
+"""Directory of a store that names the sweeps under way; see `sweep`."""
 CORE_FIELDS = ("network", "depth", "skip", "seed", "data", "lr")
 """Fields that every table of `Runs` carries, beside those in which its runs differ."""
 
+_UNDECIDED = ("running", "interrupted")  # statuses that whoever watched the process may correct
+_LOOKS = 5  # at files that may be merged, and be gone, before they are read
+_SETTLE = 64  # parts of a user's own record between two merges
 _KEPT = ("started", "environment", "resumed")  # of run.json, where an attempt is gone on with
 _TYPES: dict[str, tuple[type, ...]] = {
     "origin": (str,),
     "error": (str, NoneType),
+    "failure": (str, NoneType),
+    "attempt": (int,),
     "divergence": (dict, NoneType),
     "resumed": (list,),
     **dict.fromkeys(("metrics", "certificate", "environment", "tables"), (dict,)),
@@ -90,10 +103,8 @@ def decode(value: Any) -> Any:
     return value
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(encode(value), indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(encode(value), indent=1, allow_nan=False) + "\n"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -129,21 +140,24 @@ class RunWriter:
     """Writes one run; a context manager that leaves the run with the status of how it ended.
 
     Args:
-        path: the run's directory; made, and locked until the writer is closed. What an earlier
+        path: the run's directory; made, and claimed until the writer is closed. What an earlier
             attempt left in it is removed.
         spec: the content of spec.json.
         origin: `gradflow`, or `external` for a record of somebody's own loop.
-        keep: asked, under the lock, how many of the parts that an earlier attempt wrote belong to
-            what is gone on with; 0 is a new beginning.
+        keep: asked, once the run is claimed, how many of the parts that an earlier attempt wrote
+            belong to what is gone on with; 0 is a new beginning. It is given the directory of the
+            attempt.
 
     Attributes:
+        attempt: the directory of what is not finished: parts and checkpoint.
         part: the number of the last part written.
         record: the content of run.json.
         spent: seconds that the attempt gone on with had taken.
 
     Raises:
+        Busy: another process is at work on the run; from any method, if it has taken it over.
         StoreError: the directory cannot be written, holds something else than a run, a run of the
-            other origin or a finished external one, or another process is at work in it.
+            other origin or a finished external one.
     """
 
     def __init__(
@@ -152,31 +166,36 @@ class RunWriter:
         spec: Mapping[str, Any],
         *,
         origin: str = "gradflow",
-        keep: Callable[[Path], int] = lambda path: 0,
+        keep: Callable[[Path], int] = lambda attempt: 0,
     ):
         self.path = Path(path)
-        self._parts = self.path / "parts"
-        self._opened, self.spent = time.time(), 0.0
+        self._opened, self.spent = time.monotonic(), 0.0
         self.record: dict[str, Any] = {"origin": origin, "status": "running"}
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path, patience=0.5)
+            self._claim = Claim(self.path, after=_attempts(self.path))
             try:
+                self.record["attempt"] = self._claim.number
                 earlier = self._earlier(origin)
-                self.part = keep(self.path)
+                self.part = keep(self.attempt)
                 self._clear()
                 if self.part:
                     self.record |= {name: earlier[name] for name in _KEPT if name in earlier}
-                _write_json(self.path / "spec.json", spec)
-                self.update(started=self.record.get("started", self._opened))
+                self._write_json("spec.json", spec)
+                self.update(started=self.record.get("started", time.time()))
             except BaseException:
-                os.close(self._lock)
+                self._claim.release(keep=True)
                 raise
+
+    @property
+    def attempt(self) -> Path:
+        return self._claim.attempt
 
     def _earlier(self, origin: str) -> dict[str, Any]:
         """The run.json of what is replaced, or gone on with; StoreError if that must not be."""
         if not (self.path / "run.json").exists():
-            foreign = any(not path.name.startswith(".") for path in self.path.iterdir())
+            known = (".", "attempt-")
+            foreign = any(not path.name.startswith(known) for path in self.path.iterdir())
             if foreign and not (self.path / "spec.json").exists():
                 raise StoreError(f"{self.path}: holds other files, and no run")
             return {}
@@ -196,13 +215,19 @@ class RunWriter:
 
     def _clear(self) -> None:
         if not self.part:
-            (self.path / CHECKPOINT).unlink(missing_ok=True)
+            (self.attempt / CHECKPOINT).unlink(missing_ok=True)
         # From the last on, so that a kill in the middle leaves a whole beginning.
-        for path in sorted(self._parts.glob("*.parquet"), key=_part_number, reverse=True):
-            if _part_number(path) > self.part:
+        standing = _parts(self.attempt)
+        for path in {*self.attempt.glob("*.parquet")} - {*standing}:
+            path.unlink()
+        for path in reversed(standing):
+            if _numbers(path)[1] > self.part:
                 path.unlink()
         for path in [*self.path.glob("*.parquet"), *self.path.glob("**/.*.tmp")]:
-            path.unlink()
+            path.unlink(missing_ok=True)
+        for path in self.path.glob("attempt-*"):
+            if path != self.attempt:
+                shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -217,56 +242,116 @@ class RunWriter:
             return
         if kind is None:
             self.finish("done")
+        elif issubclass(kind, Busy):
+            self._claim.release(keep=True)
         elif issubclass(kind, KeyboardInterrupt | SystemExit):
             self.finish("interrupted")
         else:
-            self.finish("failed", error=f"{kind.__name__}: {error}")
+            failure = "system" if issubclass(kind, OSError) else "raised"
+            self.finish("failed", failure=failure, error=f"{kind.__name__}: {error}")
 
     def append(self, name: str, data: pa.Table) -> None:
         """Add rows to a table, in a file of their own that is readable at once."""
         if data.num_rows:
+            with self.writes():
+                schema.write(data, self.attempt / f"{name}-{self.part + 1:06d}.parquet")
             self.part += 1
-            schema.write(data, self._parts / f"{name}-{self.part:06d}.parquet")
+            if self.record["origin"] == "external" and self.part % _SETTLE == 0:
+                self.settle()
+
+    def settle(self) -> None:
+        """Merge parts into few files: none that was written so far will be taken back.
+
+        The last ones, as long as the one before them is not much larger than all of them together:
+        so a table of n parts is about log n files, and each row is rewritten as often.
+        """
+        for name in schema.KEYS:
+            chosen: list[Path] = []
+            size = 0
+            for path in reversed(_parts(self.attempt, name)):
+                bytes_ = path.stat().st_size
+                if chosen and bytes_ > 2 * size:
+                    break
+                chosen.insert(0, path)
+                size += bytes_
+            if len(chosen) > 1:
+                self._join(name, chosen)
+
+    def _join(self, name: str, paths: list[Path]) -> None:
+        first, last = _numbers(paths[0])[0], _numbers(paths[-1])[1]
+        with self.writes():
+            whole = schema.concatenate([_read_part(path) for path in paths])
+            schema.write(whole, self.attempt / f"{name}-{first:06d}-{last:06d}.parquet")
+        for path in paths:
+            path.unlink()
 
     def write(self, name: str, data: pa.Table) -> None:
         """Write a whole table that gets no more rows, as `modules`."""
-        schema.write(data, self.path / f"{name}.parquet")
+        with self.writes():
+            schema.write(data, self.attempt / f"{name}.new")
+            self._claim.place(f"{name}.new", f"{name}.parquet")
 
     def update(self, **fields: Any) -> None:
         """Change fields of run.json."""
         self.record |= fields
-        _write_json(self.path / "run.json", self.record)
+        self._write_json("run.json", self.record)
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        with self.writes():
+            (self.attempt / f".{name}.tmp").write_text(_json(value))
+            self._claim.place(f".{name}.tmp", name)
+
+    @contextlib.contextmanager
+    def writes(self) -> Iterator[None]:
+        """What cannot be written in the attempt is a StoreError; Busy if that was taken over."""
+        with _writing(self.path):
+            try:
+                yield
+            except OSError:
+                self._claim.check()
+                raise
 
     def finish(self, status: str, **fields: Any) -> None:
-        """Set the status and unlock; nothing may be written afterwards.
+        """Set the status and give the run free; nothing may be written afterwards.
 
         The parts are merged and the checkpoint removed, but for a run that can go on from there.
         """
-        goes_on = status not in FINISHED and (self.path / CHECKPOINT).exists()
-        if not goes_on:
-            fields["tables"] = self._merge()
-        ended = time.time()
-        self.update(status=status, ended=ended, seconds=self.seconds, **fields)
-        if not goes_on:
-            shutil.rmtree(self._parts, ignore_errors=True)
-            (self.path / CHECKPOINT).unlink(missing_ok=True)
-        os.close(self._lock)
+        goes_on = status not in FINISHED and (self.attempt / CHECKPOINT).exists()
+        try:
+            if not goes_on:
+                fields["tables"] = self._merge()
+            self.update(status=status, ended=time.time(), seconds=self.seconds, **fields)
+        except BaseException:
+            self.record["status"] = "running"
+            if status not in FINISHED:  # parts, and what run.json said before, stand
+                self._claim.release(keep=True)
+            raise
+        self._claim.release(keep=goes_on)
 
-    def _merge(self) -> dict[str, int]:
-        """Each table becomes one file; the rows of each."""
-        rows = {}
+    def _merge(self) -> dict[str, dict[str, int]]:
+        """Each table becomes one file; the rows and bytes of each."""
+        found = {}
         for name in schema.KEYS:
-            path, data = self.path / f"{name}.parquet", _read_parts(self._parts, name)
+            path, data = self.path / f"{name}.parquet", _read_parts(self.attempt, name)
             if data is not None:
-                schema.write(data, path)
+                self.write(name, data)
             if path.exists():
-                rows[name] = schema.count(path)
-        return rows
+                found[name] = {"rows": schema.count(path), "bytes": path.stat().st_size}
+        return found
 
     @property
     def seconds(self) -> float:
         """Time spent on the run so far, without what was lost or paused between attempts."""
-        return self.spent + time.time() - self._opened
+        return self.spent + time.monotonic() - self._opened
+
+
+def _attempts(path: Path) -> int:
+    """The number of the last attempt at a run, as far as run.json tells."""
+    try:
+        number = _read_json(path / "run.json").get("attempt", 0)
+    except StoreError:
+        return 0
+    return number if isinstance(number, int) else 0
 
 
 @contextlib.contextmanager
@@ -277,31 +362,52 @@ def _writing(label: object) -> Iterator[None]:
     except StoreError:
         raise
     except OSError as error:
-        raise StoreError(f"{label}: cannot be written ({error.strerror})") from None
+        reason = os.strerror(error.errno) if error.errno else error
+        raise StoreError(f"{label}: cannot be written ({reason})") from None
 
 
-def _lock(path: Path, patience: float = 0.0) -> int:
-    """Lock a run's directory. A look whether it is alive holds it for a moment: have patience."""
-    handle, until = os.open(path, os.O_RDONLY), time.monotonic() + patience
-    while True:
+def _numbers(part: Path) -> tuple[int, int]:
+    """The first and the last part that a file holds: more than one if it was merged."""
+    first, _, last = part.stem.partition("-")[2].partition("-")
+    return int(first), int(last or first)
+
+
+def _parts(attempt: Path, name: str = "*") -> list[Path]:
+    """Files of parts, in order, without those that lie in a merged one and are about to go."""
+    paths = {path: _numbers(path) for path in attempt.glob(f"{name}-*.parquet")}
+    merged: dict[str, list[tuple[int, int]]] = {}
+    for path, (first, last) in paths.items():
+        if first < last:
+            merged.setdefault(path.stem.partition("-")[0], []).append((first, last))
+
+    def stands(path: Path) -> bool:
+        (first, last), others = paths[path], merged.get(path.stem.partition("-")[0], [])
+        return not any(a <= first and last <= b and (a, b) != (first, last) for a, b in others)
+
+    return sorted(filter(stands, paths), key=lambda path: paths[path])
+
+
+def _read_parts(attempt: Path, name: str) -> pa.Table | None:
+    paths = _parts(attempt, name)
+    return schema.concatenate([_read_part(path) for path in paths]) if paths else None
+
+
+def _read_part(path: Path) -> pa.Table:
+    try:
+        return schema.read(path)
+    except pa.ArrowException as error:
+        raise StoreError(f"{path}: unreadable ({str(error).splitlines()[0]})") from None
+
+
+def damaged(attempt: Path, upto: int) -> Path | None:
+    """The first of an attempt's parts, up to that number, that cannot be read; by footers alone."""
+    for path in _parts(attempt):
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            if time.monotonic() < until:
-                time.sleep(0.05)
-                continue
-            os.close(handle)
-            raise StoreError(f"{path}: another process is computing this run") from None
-
-
-def _part_number(path: Path) -> int:
-    return int(path.stem.rpartition("-")[2])
-
-
-def _read_parts(directory: Path, name: str) -> pa.Table | None:
-    paths = sorted(directory.glob(f"{name}-*.parquet"))
-    return schema.concatenate([schema.read(path) for path in paths]) if paths else None
+            if _numbers(path)[1] <= upto:
+                schema.count(path)
+        except (OSError, pa.ArrowException):
+            return path
+    return None
 
 
 def prepare(runs_dir: str | Path) -> Path:
@@ -309,9 +415,7 @@ def prepare(runs_dir: str | Path) -> Path:
     path = Path(runs_dir)
     with _writing(f"runs_dir={path}"):
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path, prefix=".writable.").close()
     return path
 
 
@@ -346,12 +450,8 @@ class Run:
 
     @property
     def alive(self) -> bool:
-        """Whether a process of this machine is at work on the run."""
-        try:
-            os.close(_lock(self.path))
-        except OSError:
-            return self.status == "running"
-        return False
+        """Whether a process is at work on the run, on this machine or another."""
+        return self.status == "running" and claim.alive(self.path)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -377,8 +477,11 @@ class Run:
     def _read(self, name: str) -> pa.Table | None:
         """From the parts, unless they have been merged: that may happen while they are read."""
         parts, whole = None, self.path / f"{name}.parquet"
-        with contextlib.suppress(FileNotFoundError):
-            parts = _read_parts(self.path / "parts", name)
+        for _ in range(_LOOKS):
+            with contextlib.suppress(FileNotFoundError):
+                attempt = claim.latest(self.path)
+                parts = None if attempt is None else _read_parts(attempt, name)
+                break
         return schema.read(whole) if whole.exists() else parts
 
     def frame(self, name: str) -> pd.DataFrame:
@@ -406,37 +509,60 @@ class Run:
 
 
 def find(runs_dir: str | Path, spec: RunSpec) -> Run | None:
-    """The finished run of this spec, if the store has it whole and it is what its name says."""
+    """The finished run of this spec, if the store has it whole and it is what its name says.
+
+    Whole: each table has as many bytes as were written. What its name says: all keys that it and
+    `spec` both have are equal; those of another version follow from the id.
+    """
     try:
         run = Run(Path(runs_dir) / spec.name)
-        left = run.record.get("tables", {})
-        found = {name: schema.count(run.path / f"{name}.parquet") for name in left}
-    except (OSError, pa.ArrowException):  # a StoreError is an OSError
+        if run.status not in FINISHED or not _agree(run.spec, encode(spec.to_dict())):
+            return None
+        for name, left in run.record.get("tables", {}).items():
+            if (run.path / f"{name}.parquet").stat().st_size != left["bytes"]:
+                return None
+    except (OSError, TypeError, KeyError):  # a StoreError is an OSError
         return None
-    same = run.spec == decode(encode(spec.to_dict()))
-    return run if run.status in FINISHED and same and found == left else None
+    return run
 
 
-def mark_dead(path: str | Path, status: str, error: str) -> None:
+def _agree(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(_agree(one[name], other[name]) for name in one.keys() & other.keys())
+    return bool(one == other)
+
+
+def mark_dead(
+    path: str | Path, status: str, error: str, *, failure: str = "killed", certain: bool = False
+) -> None:
     """Write down the end of a run whose process died without doing so; parts stay as they are.
 
-    Does nothing where the run has ended, was never begun, or has a process at work on it. Raises
-    StoreError where it cannot be read or written.
+    Does nothing where the run has ended otherwise, was never begun, or has a process at work on it.
+
+    Args:
+        failure: what ended it; see FAILURES.
+        certain: the process was on another machine, and is known to be dead.
+
+    Raises:
+        StoreError: it cannot be read or written.
     """
     path = Path(path)
-    if not (path / "run.json").exists():
+    if not (path / "run.json").exists() or _read_record(path)["status"] not in _UNDECIDED:
         return
     with _writing(path):
         try:
-            handle = _lock(path)
-        except StoreError:
+            held = Claim(path, after=_attempts(path), force=certain)
+        except Busy:
             return
         try:
             record = _read_record(path)
-            if record["status"] == "running":
-                _write_json(path / "run.json", record | {"status": status, "error": error})
+            if record["status"] in _UNDECIDED:
+                record |= {"status": status, "error": error, "attempt": held.number}
+                record["failure"] = failure if status == "failed" else None
+                (held.attempt / ".run.json.tmp").write_text(_json(record))
+                held.place(".run.json.tmp", "run.json")
         finally:
-            os.close(handle)
+            held.release(keep=True)
 
 
 # --- reading many ---------------------------------------------------------------------------------

@@ -8,29 +8,45 @@ again goes on where it was.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import json
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from gradflow.claim import lock
 from gradflow.errors import StoreError
 from gradflow.progress import guarded
 from gradflow.spec import Execution, RunSpec
-from gradflow.store import STATUSES, Run, find, mark_dead, prepare
+from gradflow.store import (
+    FINISHED,
+    LASTING,
+    STATUSES,
+    SWEEPS,
+    Run,
+    encode,
+    find,
+    mark_dead,
+    prepare,
+)
 from gradflow.worker import GRACE, LAST_LINES
 
 Say = Callable[[dict[str, Any]], None]
 
 COMMAND = (sys.executable, "-P", "-m", "gradflow.worker")
 _TURN = 0.2  # seconds between looks at the processes while nothing is said
+_LOOK = 1.0  # seconds between looks at runs that other processes are at work on
+_OUTCOME = ("status", "path", "metrics", "error", "reused")
 _PIPE = 1 << 20  # bytes: at least what a pipe holds, so that one read empties it
 
 
@@ -41,8 +57,9 @@ class SweepResult:
     Attributes:
         runs: the run of each spec, in the order of the specs; None where it left no record.
         failures: each spec without a result, with the last lines of its error.
-        reused: how many different runs were in the store already.
-        counts: how many different runs have which status, reused ones included.
+        reused: how many different runs other sweeps have computed, before or meanwhile.
+        counts: how many different runs have which status, reused ones included; those that were
+            not begun are `left`.
     """
 
     runs: list[Run | None]
@@ -61,18 +78,39 @@ class SweepResult:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep has to do, by run_id.
+
+    Attributes:
+        specs: all different runs.
+        missing: those to compute, the longest first.
+        failed: those that failed before and would again, with their errors.
+    """
+
+    specs: dict[str, RunSpec]
+    missing: list[RunSpec]
+    failed: dict[str, str]
+
+    @property
+    def sweep_id(self) -> str:
+        """A sweep is known by the set of its runs: ten hexadecimal digits."""
+        return hashlib.sha256(" ".join(sorted(self.specs)).encode()).hexdigest()[:10]
+
+
 def sweep(specs: Iterable[RunSpec], *, display: Say | None = None, **settings: Any) -> SweepResult:
     """Compute what the store lacks of these runs, several side by side, each in a worker process.
 
-    A run that fails or whose process dies does not stop the others. One that is in the store
-    already, or twice in the list, is not computed again.
+    A run that fails, hangs, or whose process dies does not stop the others. One that is in the
+    store already, or twice in the list, is not computed again; one that another process is at work
+    on is waited for.
 
     Args:
         specs: what to run, in any order; the longest is computed first.
         display: is told what happens, one dict of plain JSON data at a time, such as
             `progress.Display()`. What it raises is not allowed to stop the sweep.
         settings: fields of `Execution`. `threads=auto` is one a run, `jobs=auto` as many
-            workers as the usable cores have room for.
+            workers as the usable cores, or GPUs, have room for.
 
     Raises:
         SpecError: a setting that is not allowed.
@@ -84,28 +122,87 @@ def sweep(specs: Iterable[RunSpec], *, display: Say | None = None, **settings: A
     store = prepare(execution.runs_dir)
     say = guarded(display)
     specs = list(specs)
-    unique = {spec.run_id: spec for spec in specs}
-    # A worker reads a user's files, and finds out whether they are what they were.
-    missing = [s for s in unique.values() if s.data.name == "files" or find(store, s) is None]
-    missing.sort(key=cost, reverse=True)
-    threads = 1 if execution.threads == "auto" else int(execution.threads)
-    jobs = max(1, _cores() // threads) if execution.jobs == "auto" else int(execution.jobs)
-    pool = _Pool(
-        min(jobs, len(missing)),
-        {
-            "runs_dir": execution.runs_dir,
-            "device": execution.device,
-            "threads": threads,
-            "logger": execution.logger,
-        },
-        say,
-    )
+    todo = plan(store, specs, retry_failed=execution.retry_failed)
+    if execution.launcher == "slurm":
+        from gradflow.slurm import Slurm
+
+        launcher: _Launcher = Slurm(execution, say, most=len(todo.missing))
+    else:
+        launcher = _Pool(execution, say, most=len(todo.missing))
+    reused = len(todo.specs) - len(todo.missing) - len(todo.failed)
     say(
-        {"event": "sweep", "reused": len(unique) - len(missing), "workers": pool.size}
-        | {"runs": [{"run": spec.name, "cost": cost(spec)} for spec in missing]}
+        {"event": "sweep", "reused": reused, "workers": launcher.size}
+        | {"runs": [{"run": spec.name, "cost": cost(spec)} for spec in todo.missing]}
     )
-    pool.compute(missing)
-    return _result(store, specs, len(unique) - len(missing), pool.ends)
+    with _announced(store, todo, launcher.size):
+        ends = launcher.compute(todo.missing)
+    failed = {run_id: End("failed", error) for run_id, error in todo.failed.items()}
+    return _result(store, specs, todo, ends | failed, reused)
+
+
+def plan(store: Path, specs: Iterable[RunSpec], *, retry_failed: bool = False) -> Plan:
+    """What of these runs the store lacks. Reads two small files of each run that is there."""
+    unique = {spec.run_id: spec for spec in specs}
+    there = {entry.name for entry in os.scandir(store)} if store.is_dir() else set()
+    missing, failed = [], {}
+    for run_id, spec in unique.items():
+        # A worker reads a user's files, and finds out whether they are what they were.
+        if spec.name not in there or spec.data.name == "files":
+            missing.append(spec)
+        elif find(store, spec) is None:
+            error = None if retry_failed else _lasting_failure(store / spec.name)
+            if error is None:
+                missing.append(spec)
+            else:
+                failed[run_id] = error
+    return Plan(unique, sorted(missing, key=cost, reverse=True), failed)
+
+
+def _lasting_failure(path: Path) -> str | None:
+    """The error of a run that failed and would again; None of any other."""
+    run = _load(path)
+    if run is None or run.status != "failed" or run.record.get("failure") not in LASTING:
+        return None
+    return f"{run.record.get('error')}\nfailed before; retry_failed=true tries it again"
+
+
+@contextlib.contextmanager
+def _announced(store: Path, todo: Plan, workers: int) -> Iterator[None]:
+    """Says in the store, for others to read, what this sweep is of, as long as it is under way.
+
+    The file is locked while this process lives, so that one left by a kill is known as such.
+    """
+    path = store / SWEEPS / f"{todo.sweep_id}.json"
+    handle = None
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        handle = lock(path, patience=0.5)
+        path.write_text(json.dumps(_about(todo, workers)))
+    except OSError:  # it is for show; the same sweep may be under way in another process
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _about(todo: Plan, workers: int) -> dict[str, Any]:
+    missing = {spec.run_id for spec in todo.missing}
+    runs = [
+        {"run": spec.name, "cost": cost(spec), "steps": _steps(spec), "missing": run_id in missing}
+        for run_id, spec in todo.specs.items()
+    ]
+    about = {"started": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
+    return {**about, "workers": workers, "runs": runs}
+
+
+def _steps(spec: RunSpec) -> int | None:
+    """Updates of a run, where they are known without reading its data."""
+    size = spec.data.train_size
+    return spec.updates(size or 1) if size is not None or spec.max_steps is not None else None
 
 
 def cost(spec: RunSpec) -> float:
@@ -127,21 +224,62 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def _gpus() -> int:
+    """CUDA devices this process may use, without loading torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def _places(execution: Execution, threads: int) -> list[str]:
+    """The device of each worker: as many as there is room for, or as were asked for."""
+    device, gpus = execution.device, _gpus()
+    if device == "cpu" or (device == "auto" and not gpus):
+        room = [device] * max(1, _cores() // (threads * execution.devices))
+    elif device in ("auto", "cuda") and gpus > 1 and execution.devices == 1:
+        room = [f"cuda:{i}" for i in range(gpus)] * execution.jobs_per_device
+    else:
+        room = [device] * execution.jobs_per_device
+    jobs = len(room) if execution.jobs == "auto" else int(execution.jobs)
+    return list(itertools.islice(itertools.cycle(room), jobs))
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run of a sweep ended."""
+
+    status: str
+    error: str = ""
+    reused: bool = False
+
+
+class _Launcher(Protocol):
+    """What computes the missing runs; `size` is how many at once."""
+
+    size: int
+
+    def compute(self, specs: list[RunSpec]) -> dict[str, End]: ...
+
+
 def _result(
-    store: Path, specs: list[RunSpec], reused: int, ends: dict[str, tuple[str, str]]
+    store: Path, specs: list[RunSpec], todo: Plan, ends: dict[str, End], reused: int
 ) -> SweepResult:
-    unique = {spec.run_id: spec for spec in specs}
-    runs = {run_id: _load(store / spec.name) for run_id, spec in unique.items()}
+    runs = {run_id: _load(store / spec.name) for run_id, spec in todo.specs.items()}
+    missing = {spec.run_id for spec in todo.missing}
     statuses: Counter[str] = Counter()
     for run_id, run in runs.items():
-        status, _ = ends.get(run_id, (run.status if run is not None else "failed", ""))
-        statuses[status] += 1
+        if run_id in ends:
+            statuses[ends[run_id].status] += 1
+        else:
+            statuses["left" if run_id in missing else run.status if run else "failed"] += 1
     failures = [
-        (unique[run_id], error or "interrupted: its worker was told to stop")
-        for run_id, (status, error) in ends.items()
-        if status in ("failed", "interrupted")
+        (todo.specs[run_id], end.error or "interrupted: its worker was told to stop")
+        for run_id, end in ends.items()
+        if end.status in ("failed", "interrupted")
     ]
-    counts = {status: statuses[status] for status in STATUSES if statuses[status]}
+    counts = {status: statuses[status] for status in (*STATUSES, "left") if statuses[status]}
+    reused += sum(end.reused for end in ends.values())
     return SweepResult([runs[spec.run_id] for spec in specs], failures, reused, counts)
 
 
@@ -158,7 +296,7 @@ class _Worker:
     It leads a session of its own, so that the terminal's Ctrl-C reaches the parent alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         self.process = subprocess.Popen(
             [*COMMAND, str(os.getpid())],
@@ -169,7 +307,10 @@ class _Worker:
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": paths},  # a user's modules are found as in the parent
         )
+        self.device = device
         self.job: RunSpec | None = None
+        self.begun = 0.0
+        self.overdue = False
         self.deadline: float | None = None
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         stdin, stdout, stderr = self.process.stdin, self.process.stdout, self.process.stderr
@@ -183,8 +324,9 @@ class _Worker:
             os.set_blocking(stream.fileno(), False)
 
     def begin(self, job: RunSpec, settings: dict[str, Any]) -> None:
-        self.job = job
+        self.job, self.begun = job, time.monotonic()
         self.last_lines.clear()
+        settings = {**settings, "device": self.device}
         line = json.dumps({"spec": job.to_dict(), "settings": settings}) + "\n"
         with contextlib.suppress(BrokenPipeError):  # it has died, which is noticed in its turn
             self.stdin.write(line.encode())
@@ -220,57 +362,71 @@ class _Pool:
     """The workers of one sweep.
 
     Attributes:
-        ends: run_id -> status and error (empty if none) of each job that has ended.
+        size: how many work side by side.
+        ends: run_id -> how it ended, of each job that has.
     """
 
-    def __init__(self, size: int, settings: dict[str, Any], say: Say) -> None:
-        self.size = size
-        self.ends: dict[str, tuple[str, str]] = {}
-        self._settings = settings
+    def __init__(self, execution: Execution, say: Say, most: int) -> None:
+        threads = 1 if execution.threads == "auto" else int(execution.threads)
+        self._free = deque(_places(execution, threads)[:most])
+        self.size = len(self._free)
+        self.ends: dict[str, End] = {}
+        self._execution = execution
+        self._store = Path(execution.runs_dir)
+        self._settings = {
+            "runs_dir": execution.runs_dir,
+            "threads": threads,
+            "devices": execution.devices,
+            "nodes": execution.nodes,
+            "launcher": execution.launcher,
+            "logger": execution.logger,
+        }
         self._say = say
         self._waiting: deque[RunSpec] = deque()
+        self._elsewhere: list[RunSpec] = []
+        self._looked = 0.0
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._stopping = False
 
-    def compute(self, specs: Iterable[RunSpec]) -> None:
+    def compute(self, specs: list[RunSpec]) -> dict[str, End]:
         """Compute them all. On any exception, first end the workers in good order."""
         self._waiting.extend(specs)
         try:
             for _ in range(self.size):
                 self._hire()
-            while self._workers:
+            while self._workers or self._elsewhere:
                 self._turn()
         except BaseException:
             self._stop()
             raise
         finally:
             self._selector.close()
+        return self.ends
 
     def _hire(self) -> None:
-        worker = _Worker()
+        worker = _Worker(self._free.popleft())
         self._workers.append(worker)
         for stream in worker.heard:
             self._selector.register(stream, selectors.EVENT_READ, worker)
         self._next(worker)
 
     def _next(self, worker: _Worker) -> None:
+        """Give it something to do; let it wait where only other processes are at work."""
         worker.job = None
-        if self._waiting and worker.process.returncode is None:
+        if worker.process.returncode is not None or worker.deadline is not None:
+            return
+        if self._waiting:
             job = self._waiting.popleft()
             self._say({"event": "start", "run": job.name})
             worker.begin(job, self._settings)
-        elif worker.deadline is None:
+        elif not self._elsewhere:
             worker.dismiss()
 
     def _stop(self) -> None:
         """Interrupt the runs at work and wait for them; a second Ctrl-C kills them."""
-        self._stopping = True
-        self._waiting.clear()
         try:
-            self._say({"event": "stopping"})
-            for worker in self._workers:
-                worker.dismiss(interrupt=True)
+            self._give_up()
             while self._workers:
                 self._turn()
         except BaseException:
@@ -279,6 +435,15 @@ class _Pool:
             while self._workers:
                 self._turn()
             raise
+
+    def _give_up(self) -> None:
+        """Begin nothing more, and interrupt what is at work."""
+        self._stopping = True
+        self._waiting.clear()
+        self._elsewhere.clear()
+        self._say({"event": "stopping"})
+        for worker in self._workers:
+            worker.dismiss(interrupt=True)
 
     def _turn(self) -> None:
         """Hear what the workers say, and look after those that have ended or are overdue."""
@@ -287,8 +452,54 @@ class _Pool:
         for worker in list(self._workers):
             if worker.process.poll() is not None:
                 self._bury(worker)
-            elif worker.deadline is not None and time.monotonic() > worker.deadline:
-                worker.kill()
+            elif worker.deadline is not None:
+                if time.monotonic() > worker.deadline:
+                    worker.kill()
+            elif self._hangs(worker):
+                worker.overdue = True
+                worker.dismiss(interrupt=True)
+        if self._elsewhere and time.monotonic() - self._looked > _LOOK:
+            self._look_elsewhere()
+
+    def _hangs(self, worker: _Worker) -> bool:
+        limit = self._execution.timeout
+        return (
+            limit is not None and worker.job is not None and time.monotonic() - worker.begun > limit
+        )
+
+    def _look_elsewhere(self) -> None:
+        """Take back what other processes are at work on no longer, done or not."""
+        for spec in list(self._elsewhere):
+            run = find(self._store, spec) or _load(self._store / spec.name)
+            if run is None or run.alive:
+                continue
+            self._elsewhere.remove(spec)
+            if run.status in (*FINISHED, "failed"):
+                self._conclude(spec, run)
+            else:
+                self._waiting.append(spec)
+        self._looked = time.monotonic()
+        for worker in self._workers:
+            if worker.job is None:
+                self._next(worker)
+        for _ in range(min(len(self._waiting), len(self._free))):
+            self._hire()
+
+    def _conclude(self, spec: RunSpec, run: Run) -> None:
+        """Another process has ended the run: so has this sweep."""
+        error = str(run.record.get("error") or "")
+        self._note(
+            spec,
+            {"status": run.status, "path": str(run.path), "metrics": run.metrics}
+            | {"error": error or None, "reused": True},
+        )
+
+    def _note(self, spec: RunSpec, outcome: dict[str, Any]) -> None:
+        status, error = outcome["status"], outcome["error"] or ""
+        self.ends[spec.run_id] = End(status, error, outcome["reused"] and status in FINISHED)
+        self._say({"event": "end", "run": spec.name} | encode(outcome))
+        if status == "failed" and self._execution.fail_fast and not self._stopping:
+            self._give_up()
 
     def _hear(self, worker: _Worker, stream: Any, *, all_of_it: bool = False) -> None:
         lines, more = worker.lines(stream, all_of_it=all_of_it)
@@ -302,6 +513,8 @@ class _Pool:
                 # What was written to stderr was written before, and is this job's.
                 self._hear(worker, worker.stderr, all_of_it=True)
                 self._end(worker, event)
+            elif event["event"] == "elsewhere":
+                self._put_aside(worker, event)
             else:
                 self._say(event)
 
@@ -316,16 +529,29 @@ class _Pool:
         if not self._stopping:  # what comes then are traces of the interrupt
             self._say({"event": "output", "run": name, "line": line})
 
-    def _end(self, worker: _Worker, event: dict[str, Any]) -> None:
-        if worker.job is not None:
-            self.ends[worker.job.run_id] = (event["status"], event["error"] or "")
+    def _put_aside(self, worker: _Worker, event: dict[str, Any]) -> None:
+        if worker.job is not None and not self._stopping:
+            self._elsewhere.append(worker.job)
             self._say(event)
-        if event["status"] == "interrupted":  # it leaves, and another takes its place
-            worker.job = None
-            if worker.deadline is None:
-                worker.dismiss()
-        else:
-            self._next(worker)
+        self._next(worker)
+
+    def _end(self, worker: _Worker, event: dict[str, Any]) -> None:
+        job, worker.job = worker.job, None
+        if job is not None:
+            if event["status"] == "interrupted" and worker.overdue:
+                event |= {"status": "failed", "error": self._overdue()}
+                self._mark(job, "failed", self._overdue(), "timeout")
+            self._note(job, {name: event[name] for name in _OUTCOME})
+        if event["status"] == "interrupted" and worker.deadline is None:
+            worker.dismiss()  # it leaves, and another takes its place
+        self._next(worker)
+
+    def _overdue(self) -> str:
+        return f"timeout: it took longer than {self._execution.timeout:g} s"
+
+    def _mark(self, job: RunSpec, status: str, error: str, failure: str = "killed") -> None:
+        with contextlib.suppress(StoreError):  # the others go on, and this sweep still reports it
+            mark_dead(self._store / job.name, status, error, failure=failure)
 
     def _bury(self, worker: _Worker) -> None:
         for stream in (worker.stderr, worker.stdout):
@@ -334,23 +560,23 @@ class _Pool:
         for stream in (worker.stdin, worker.stdout, worker.stderr):
             stream.close()
         self._workers.remove(worker)
+        self._free.append(worker.device)
         if worker.job is not None:
             self._bury_job(worker, worker.job)
         if self._waiting:
             self._hire()
 
     def _bury_job(self, worker: _Worker, job: RunSpec) -> None:
-        status, cause = "failed", _cause(worker.process.returncode)
-        if self._stopping:
+        status, cause, failure = "failed", _cause(worker.process.returncode), "killed"
+        if worker.overdue:
+            cause, failure = self._overdue(), "timeout"
+        elif self._stopping:
             status, cause = "interrupted", f"interrupted, {cause}"
-        path = Path(self._settings["runs_dir"]) / job.name
-        with contextlib.suppress(StoreError):  # the others go on, and this sweep still reports it
-            mark_dead(path, status, cause)
-        error = "\n".join([*worker.last_lines, cause])
-        self.ends[job.run_id] = (status, error)
-        self._say(
-            {"event": "end", "run": job.name, "status": status, "path": str(path), "metrics": {}}
-            | {"error": error, "reused": False}
+        self._mark(job, status, cause, failure)
+        self._note(
+            job,
+            {"status": status, "path": str(self._store / job.name), "metrics": {}}
+            | {"error": "\n".join([*worker.last_lines, cause]), "reused": False},
         )
 
 

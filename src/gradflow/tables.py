@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from gradflow.spec import NETWORKS, SKIP_KEYS, RunSpec
 from gradflow.store import FINISHED, METRICS, Run, Runs
@@ -196,9 +196,10 @@ def _repeated(runs: Runs, frame: pd.DataFrame) -> dict[int, str]:
         started=[run.record.get("started") or 0.0 for run in runs],
     )
     known = ranked[frame["depth"].notna() & frame["seed"].notna()]
-    known = known.sort_values(["ended", "started"])
+    keys = ["group", "depth", "seed", "arm"]
+    known = known[known.duplicated(keys, keep=False)].sort_values(["ended", "started"])
     older: dict[int, str] = {}
-    for _, part in known.groupby(["group", "depth", "seed", "arm"], sort=False):
+    for _, part in known.groupby(keys, sort=False):
         older |= dict.fromkeys(part.index[:-1], str(part["run"].iloc[-1]))
     return older
 
@@ -306,8 +307,9 @@ def pairs(runs: Runs, frame: pd.DataFrame) -> pd.DataFrame:
     the two are not matched.
     """
     rows = []
+    records = frame.to_dict("records")
     for plain, other, result in _pair_up(runs, frame):
-        one, two = frame.loc[plain], frame.loc[other]
+        one, two = records[plain], records[other]
         row = {key: two[key] for key in ("group", "title", "depth", "seed", "arm")}
         row |= {"plain_run": one["run"], "run": two["run"], "match": result}
         row["extras"] = ", ".join(extras(runs.members[plain], runs.members[other]))
@@ -367,7 +369,7 @@ def interval(values: ArrayLike, level: float = LEVEL) -> Interval:
     # Errors are ratios of counts: equal to rounding is equal.
     if n == 1 or np.ptp(sample) <= 1e-12:
         return Interval(mean, math.nan, n)
-    half = student_t.ppf((1 + level) / 2, n - 1) * sample.std(ddof=1) / math.sqrt(n)
+    half = stdtrit(n - 1, (1 + level) / 2) * sample.std(ddof=1) / math.sqrt(n)
     return Interval(mean, float(half), n)
 
 
@@ -742,7 +744,7 @@ def summary(run: Run) -> list[str]:
     Raises:
         StoreError: a table of the run is damaged.
     """
-    lines = [_ending(run)]
+    lines = [_ending(run), *other_circumstances(run)]
     frame = run.with_modules("weights")
     if "weight_grad_norm" in frame:
         data = profile(frame)
@@ -771,6 +773,24 @@ def _ending(run: Run) -> str:
         if accuracy is not None:
             line += f"; {words} accuracy {accuracy:.3f}"
     return line
+
+
+def other_circumstances(run: Run) -> list[str]:
+    """A line for each time that the run was gone on with where results may differ in rounding."""
+    lines, before = [], run.record.get("environment") or {}
+    for attempt in run.record.get("resumed") or ():
+        here = attempt.get("environment") or {}
+        kinds = ("python", "device", "threads", "devices", "nodes")
+        changed = {kind: (before.get(kind), here.get(kind)) for kind in kinds}
+        versions = [place.get("versions") or {} for place in (before, here)]
+        for name in versions[0].keys() | versions[1].keys():
+            changed[name] = (versions[0].get(name), versions[1].get(name))
+        words = [f"{name} {old} → {new}" for name, (old, new) in changed.items() if old != new]
+        if words:
+            updates = attempt.get("updates")
+            lines.append(f"gone on after {updates} updates with {', '.join(sorted(words))}")
+        before = here
+    return lines
 
 
 def rate_words(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,8 @@
 """`python -m gradflow.worker [PARENT]`: computes runs for a sweep, one after another.
 
 A job is a line of JSON on stdin, `{"spec": {…}, "settings": {…}}`. Each thing said is a line of
-JSON on stdout: the events of `run`, and after each job exactly one `end`, whatever became of it.
+JSON on stdout: the events of `run`, and after each job exactly one `end`, whatever became of it, or
+`elsewhere` where another process is at work on the run.
 What else writes to stdout, a user's network say, goes to stderr. At the end of stdin the worker
 exits.
 
@@ -21,7 +22,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from gradflow.errors import GradflowError
+from gradflow.errors import Busy, GradflowError
 from gradflow.interrupt import Interrupt
 from gradflow.spec import RunSpec
 from gradflow.store import encode
@@ -85,6 +86,8 @@ def _compute(job: dict[str, Any], say: Say) -> None:
     def pass_on(event: dict[str, Any]) -> None:
         if event["event"] != "end":
             say(event)
+        else:
+            end["reused"] = event["reused"]
 
     try:
         from gradflow.run import run  # loads torch, and Lightning where it is needed: once a worker
@@ -93,6 +96,8 @@ def _compute(job: dict[str, Any], say: Say) -> None:
     except KeyboardInterrupt:
         say(end | {"status": "interrupted"})
         raise
+    except Busy as error:
+        say({"event": "elsewhere", "run": spec.name, "error": str(error)})
     except BaseException as error:  # a SystemExit in a user's network ends its run, not the worker
         say(end | {"error": _last_lines(error)})
     else:

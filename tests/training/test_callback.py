@@ -200,7 +200,10 @@ def test_losses_are_unscaled() -> None:
     network = make_network()
     optimizer, scaler = sgd(network.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
     stub: Any = SimpleNamespace(
-        precision_plugin=SimpleNamespace(scaler=scaler), optimizers=[optimizer], should_stop=False
+        precision_plugin=SimpleNamespace(scaler=scaler),
+        optimizers=[optimizer],
+        should_stop=False,
+        strategy=None,
     )
     flow, module = GradientFlow(), Module()
     flow.on_train_start(stub, module)

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import gradflow
+from gradflow.captions import environment
 from gradflow.spec import RunSpec
 from gradflow.store import CHECKPOINT, Run
+from gradflow.tables import other_circumstances, summary
 from gradflow.training import checkpoint
 
 TABLES = ("modules", "weights", "outputs", "blocks", "steps", "evaluations")
@@ -72,7 +74,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, keys):
         stopped(spec, store, update)
         part = Run(tmp_path / "parts" / spec.name)
         assert part.status == "failed"
-        assert (part.path / CHECKPOINT).exists()
+        assert list(part.path.glob(f"attempt-*/{CHECKPOINT}"))
         steps = part.frame("steps")["step"]
         assert list(steps) == list(range(len(steps)))
     done = gradflow.run(spec, runs_dir=store, threads=1)
@@ -96,11 +98,27 @@ def test_a_run_stopped_after_its_last_update_goes_on(tmp_path):
     assert_same(done, gradflow.run(spec, runs_dir=str(tmp_path / "whole"), threads=1))
 
 
+def test_other_circumstances_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("gradflow.training.fit._PROGRESS_SECONDS", 0.0)
+    spec = RunSpec(**TINY, epochs=2)
+    stopped(spec, str(tmp_path), 16)
+    monkeypatch.setattr("gradflow.environment.metadata.version", lambda package: "2.99")
+    done = gradflow.run(spec, runs_dir=str(tmp_path), threads=2)
+    torch.set_num_threads(1)
+    updates = done.record["resumed"][0]["updates"]
+    (line,) = other_circumstances(done)
+    assert line.startswith(f"gone on after {updates} updates with ")
+    assert f"torch {torch.__version__} → 2.99" in line
+    assert "threads 1 → 2" in line
+    assert line in summary(done)
+    assert line in environment(done)
+
+
 def test_a_checkpoint_loads_as_plain_data_and_belongs_to_its_run(tmp_path, monkeypatch):
     monkeypatch.setattr("gradflow.training.fit._PROGRESS_SECONDS", 0.0)
     spec = RunSpec(**TINY, epochs=2)
     stopped(spec, str(tmp_path), 16)
-    path = tmp_path / spec.name
+    path = tmp_path / spec.name / "attempt-1"
     state = torch.load(path / CHECKPOINT, weights_only=True)
     assert state["updates"] == state["recorder"]["next_step"] >= 14
     assert checkpoint.read_checkpoint(path, spec) is not None
@@ -113,7 +131,7 @@ def test_a_damaged_checkpoint_begins_again(tmp_path, monkeypatch):
     monkeypatch.setattr("gradflow.training.fit._PROGRESS_SECONDS", 0.0)
     spec = RunSpec(**TINY, epochs=2)
     stopped(spec, str(tmp_path / "a"), 16)
-    file = tmp_path / "a" / spec.name / CHECKPOINT
+    file = tmp_path / "a" / spec.name / "attempt-1" / CHECKPOINT
     file.write_bytes(file.read_bytes()[:1000])
     done = gradflow.run(spec, runs_dir=str(tmp_path / "a"), threads=1)
     assert "resumed" not in done.record
@@ -143,7 +161,7 @@ def test_thirty_kills(tmp_path):
         return subprocess.Popen([sys.executable, "-c", code, json.dumps(keys), str(store)])
 
     def written_since(moment: float, store: Path) -> bool:
-        return any(p.stat().st_mtime > moment for p in store.glob("*/parts/steps-*.parquet"))
+        return any(p.stat().st_mtime > moment for p in store.glob("*/attempt-*/steps-*.parquet"))
 
     chance, kills, gone_on = random.Random(0), 0, 0
     for number, kind in zip(itertools.count(), itertools.cycle(KINDS)):

@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from gradflow.errors import SpecError
 
 # On a CPU, float32 is faster than float64 between these numbers of elements, and its `sum` of
 # squares, which adds up in cascades, errs by less than 1e-6. (Its `vector_norm` adds up one after
@@ -36,6 +39,22 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors or tensors[0].device.type == "cpu":  # a quarter faster than to stack `norm`s
         return torch.tensor([_cpu_norm(tensor).item() for tensor in tensors], dtype=torch.float64)
     return torch.stack([norm(tensor) for tensor in tensors])
+
+
+def check_group(world: int) -> None:
+    """Raise SpecError where torch.distributed's default group is not of that size."""
+    if world > 1 and not (dist.is_initialized() and dist.get_world_size() == world):
+        raise SpecError(f"ranks: torch.distributed has no group of {world}")
+
+
+def gather(tensor: Tensor, world: int) -> Tensor:
+    """The tensor of each of the `world` ranks that call this, [world, *shape].
+
+    The same shape on all; over torch.distributed's default group.
+    """
+    everyone = [torch.empty_like(tensor) for _ in range(world)]
+    dist.all_gather(everyone, tensor)
+    return torch.stack(everyone)
 
 
 def _cpu_norm(tensor: Tensor) -> Tensor:

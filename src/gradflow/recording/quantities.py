@@ -115,6 +115,7 @@ STEPS = {
     },
 }
 """Columns of the table `steps` that have a fixed meaning."""
+_LOCAL = ("weight_norm", "update_norm", "lr")  # the same on every rank
 
 
 def select(names: str | Iterable[str]) -> dict[str, list[Quantity]]:
@@ -135,6 +136,17 @@ def select(names: str | Iterable[str]) -> dict[str, list[Quantity]]:
     return tables
 
 
-def meanings() -> dict[str, dict[str, str]]:
-    """Quantity -> meaning and unit, for the metadata of the recorded files."""
-    return {q.name: {"unit": q.unit, "meaning": q.meaning} for q in QUANTITIES.values()} | STEPS
+def meanings(world: int = 1) -> dict[str, dict[str, str]]:
+    """Quantity -> meaning and unit, for the metadata of the recorded files.
+
+    Args:
+        world: over how many ranks it was reduced, where each had a share of the batch.
+    """
+    notes = {q.name: {"unit": q.unit, "meaning": q.meaning} for q in QUANTITIES.values()} | STEPS
+    if world == 1:
+        return notes
+    reduced = f", reduced over {world} ranks"
+    return {
+        name: note | {"meaning": note["meaning"] + ("" if name in _LOCAL else reduced)}
+        for name, note in notes.items()
+    }

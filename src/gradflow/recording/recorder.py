@@ -17,6 +17,7 @@ recorded steps are bitwise those without a recorder.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import math
@@ -34,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import SpecError
+from gradflow.ranks import Ranks
 from gradflow.recording import quantities as registry
-from gradflow.recording.norms import norm, norms
+from gradflow.recording.norms import check_group, gather, norm, norms
 from gradflow.recording.quantities import Quantity
 from gradflow.recording.schedules import DEFAULTS, Schedule
 
@@ -111,6 +113,8 @@ class _Buffer:
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self._measured = np.zeros(shape, dtype=bool)
         self._elements = np.zeros(shape, dtype=np.float64)
+        self._seen: dict[int, Tensor] = {}  # row -> elements by rank and place, −1 for none
+        self._is_rms = torch.tensor([quantity.is_rms for quantity in chosen], device=device)
         self._zero = torch.zeros((), dtype=dtype, device=device)
         self._loose: dict[int, Tensor] = {}  # place in a row -> norm
         self._counts: dict[int, int] = {}  # place in a row -> elements
@@ -132,19 +136,38 @@ class _Buffer:
         """Zero, measured, unless something is added in the course of the step."""
         self._loose.setdefault(layer * len(self.chosen) + self.index[name], self._zero)
 
-    def close(self, step: int) -> None:
-        """Make what was added the row of `step`, all at once: one by one costs ten times."""
-        if not self._loose:
+    def close(self, step: int, world: int = 1) -> None:
+        """Make what was added the row of `step`, all at once: one by one costs ten times.
+
+        With several ranks, what was added on all of them; each calls this at the same steps.
+        """
+        if not self._loose and world == 1:
             return
         self.open(step)
         row, places = len(self.steps) - 1, list(self._loose)
+        values, counts = self._values[row].view(-1), [self._counts.get(p, 0) for p in places]
         if places != self._places[0]:
             self._places = (places, torch.tensor(places, device=self._values.device))
-        values = torch.stack(list(self._loose.values())).to(self._values.dtype)
-        self._values[row].view(-1)[self._places[1]] = values
-        self._measured[row].reshape(-1)[places] = True
-        self._elements[row].reshape(-1)[places] = [self._counts.get(p, 0) for p in places]
+        if places:
+            values[self._places[1]] = torch.stack(list(self._loose.values())).to(values.dtype)
+        if world > 1:
+            self._combine(row, places, counts, world)
+        else:
+            self._measured[row].reshape(-1)[places] = True
+            self._elements[row].reshape(-1)[places] = counts
         self.forget()
+
+    def _combine(self, row: int, places: list[int], counts: list[int], world: int) -> None:
+        """Make a row of this rank's norms one of all ranks', which may have measured other places.
+
+        DDP takes the mean of the ranks' losses: to its gradient a rank's own contributes the
+        `world`th part. How many elements there were stays on the device as well.
+        """
+        seen = torch.full((self._values[row].numel(),), -1, dtype=torch.int64)
+        seen[places] = torch.tensor(counts, dtype=torch.int64)
+        self._seen[row] = gather(seen.to(self._values.device), world)
+        self._values[row] *= torch.where(self._is_rms, 1.0, 1 / world)
+        self._values[row] = functools.reduce(torch.hypot, gather(self._values[row], world).unbind())
 
     def forget(self) -> None:
         """Drop what was added since the last row."""
@@ -170,6 +193,10 @@ class _Buffer:
         count = len(self.steps)
         steps = np.array(self.steps, dtype=np.int32)
         values = self._values[:count].cpu().numpy().astype(np.float64)
+        for row, by_rank in self._seen.items():
+            seen = by_rank.cpu().numpy().reshape(len(by_rank), *self._measured.shape[1:])
+            self._measured[row] = (seen >= 0).any(axis=0)
+            self._elements[row] = seen.clip(min=0).sum(axis=0)
         measured = self._measured[:count].copy()
         for column, quantity in enumerate(self.chosen):
             if quantity.is_rms:
@@ -177,6 +204,7 @@ class _Buffer:
         self._values[:count] = 0
         self._measured[:count] = False
         self._elements[:count] = 0
+        self._seen.clear()
         self.steps.clear()
         return steps, values, measured
 
@@ -205,14 +233,21 @@ class Recorder:
             which comparisons pair.
         scaler: the loop's GradScaler, if it has one: a gradient that overflows is then the
             scaler's to skip, and no divergence.
+        ranks: this process's place among those that train the model together by
+            DistributedDataParallel, in torch.distributed's default group, each with a recorder and
+            an equal share of every batch. What is recorded is then of the whole batch, and of
+            every other number given to `step` the mean over the ranks. Only rank 0 keeps it, and
+            only its `save` counts.
 
     Attributes:
+        latest: the last row of the table `steps`: the loss and the other numbers of the last step.
         divergence: where loss or gradient first became non-finite (`Divergence`), or None. Known
             after the step on a CPU, at the next flush on a GPU.
         seconds: the recorder's own time so far.
 
     Raises:
-        SpecError: an unknown quantity, or `update_norm` without an optimizer.
+        SpecError: an unknown quantity, `update_norm` without an optimizer, or ranks without their
+            group.
         StoreError: `save` cannot be written.
     """
 
@@ -226,6 +261,7 @@ class Recorder:
         meta: Mapping[str, Any] | None = None,
         *,
         scaler: torch.amp.GradScaler | None = None,
+        ranks: Ranks | None = None,
     ):
         chosen = registry.select(quantities)
         if optimizer is None and any(q.name == "update_norm" for q in chosen.get("weights", ())):
@@ -235,7 +271,11 @@ class Recorder:
         self.divergence: Divergence | None = None
         self.seconds = 0.0
         self.next_step = 0
-        self._save, self._meta = save, dict(meta or {})
+        self.latest: dict[str, Any] = {}
+        self._ranks = ranks or Ranks()
+        check_group(self._ranks.world)
+        self._save = save if self._ranks.rank == 0 else None
+        self._meta = dict(meta or {})
         self._scaled = scaler is not None and scaler.is_enabled()
         self._writer: RunWriter | None = None
         self._schedules = _by_table(schedule)
@@ -533,8 +573,9 @@ class Recorder:
         if self._due():
             self.flush()
         began = time.perf_counter()
-        for buffer in self._buffers.values():
-            buffer.close(self.next_step)
+        for table, buffer in self._buffers.items():
+            if table != "weights" and self._measures(table):
+                buffer.close(self.next_step, self._ranks.world)
         self._close_order()
         present = [parameter.grad is not None for parameter in self._parameters]
         gradients = norms([self._gradient(parameter) for parameter in self._parameters])
@@ -549,17 +590,29 @@ class Recorder:
                 self._before = [parameter.detach().clone() for parameter in self._parameters]
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         lr = groups[0].get("lr") if groups else None
-        row = {"loss": loss, "lr": lr, **values, "grad_norm": total}
-        self._step_rows.append(
-            {name: _kept(value) for name, value in row.items() if value is not None}
-            | {"step": self.next_step}
-        )
+        given = self._over_ranks({"loss": loss, **values})
+        row = {"loss": given.pop("loss", None), "lr": lr, **given, "grad_norm": total}
+        self.latest = {name: _kept(value) for name, value in row.items() if value is not None}
+        self._step_rows.append(self.latest | {"step": self.next_step})
         finite = self._device.type != "cpu" or self._non_finite(self._step_rows[-1]) is None
         self.next_step += 1
         self.seconds += time.perf_counter() - began
         if not finite and self.divergence is None:
             self.flush()
         return finite
+
+    def _over_ranks(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Means over the ranks, of what there is."""
+        present = {name: value for name, value in values.items() if value is not None}
+        if self._ranks.world == 1 or not present:
+            return present
+        mine = torch.stack(
+            [
+                torch.as_tensor(value, dtype=torch.float64, device=self._device)
+                for value in present.values()
+            ]
+        )
+        return dict(zip(present, gather(mine, self._ranks.world).mean(dim=0), strict=True))
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         """The gradient's elements; where there are none a zero, which is on the device already."""
@@ -642,11 +695,11 @@ class Recorder:
         self.seconds += time.perf_counter() - began
 
     def _emit(self, name: str, columns: dict[str, Any]) -> None:
-        if not len(columns["step"]):
+        if not len(columns["step"]) or self._ranks.rank > 0:
             return
         from gradflow import schema
 
-        data = schema.table(name, columns, registry.meanings())
+        data = schema.table(name, columns, registry.meanings(self._ranks.world))
         if self._writer is not None:
             self._writer.append(name, data)
         else:
@@ -732,17 +785,17 @@ class Recorder:
         """The first module, in order of execution, whose output is not finite in `forward()`.
 
         For a step whose outputs were not measured: repeat its forward pass with this. None where
-        all outputs are finite.
+        all outputs are finite. With several ranks all call it, and it is the first over them all.
         """
-        found: list[str] = []
+        found: list[int] = []
 
-        def look(layer: str, module: nn.Module, args: Any, output: Any) -> None:
+        def look(index: int, module: nn.Module, args: Any, output: Any) -> None:
             if not found and not all(bool(t.isfinite().all()) for t in _tensors(output)):
-                found.append(layer)
+                found.append(index)
 
         handles = [
-            module.register_forward_hook(partial(look, row.layer))
-            for module, row in zip(self._owners, self._modules, strict=False)
+            module.register_forward_hook(partial(look, index))
+            for index, module in enumerate(self._owners)
         ]
         try:
             with torch.no_grad():
@@ -750,7 +803,13 @@ class Recorder:
         finally:
             for handle in handles:
                 handle.remove()
-        return found[0] if found else None
+        if self._ranks.world > 1:
+            index = found[0] if found else -1
+            place = self._place(self._modules[index])[0] if found else 2**62
+            mine = torch.tensor([place, index], device=self._device)
+            _, index = min(gather(mine, self._ranks.world).tolist())
+            found = [index] if index >= 0 else []
+        return self._modules[found[0]].layer if found else None
 
     # --- what was recorded ------------------------------------------------------------------------
 

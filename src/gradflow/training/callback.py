@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from gradflow.errors import SpecError
+from gradflow.ranks import Ranks
 from gradflow.recording import Recorder
 from gradflow.recording.schedules import Schedule
 from gradflow.spec import ON_DIVERGENCE
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
 
     from gradflow.store import RunWriter
 
+_LOOK = 64  # steps between two times that ranks on GPUs look whether the run has diverged
+
 
 class GradientFlow(pl.Callback):
     """Records gradient flow while a Trainer fits: `Trainer(callbacks=[GradientFlow()])`.
 
     Gradients are read in `on_before_optimizer_step`: complete under accumulation, unscaled,
-    reduced, not yet clipped.
+    reduced, not yet clipped. Under DDP what is recorded is of the whole batch, and rank 0 keeps it.
 
     Args:
         quantities, schedule, save, meta: as for `gradflow.Recorder`.
@@ -65,7 +69,7 @@ class GradientFlow(pl.Callback):
         self._on_divergence, self._model = on_divergence, model
         self._values, self._repeat_forward = values, repeat_forward
         self._loss: Tensor | float = 0.0
-        self._open = False
+        self._open = self._noticed = False
         self._state: Mapping[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,12 +77,14 @@ class GradientFlow(pl.Callback):
             self._model or pl_module,
             optimizer=trainer.optimizers[0],
             scaler=getattr(trainer.precision_plugin, "scaler", None),
+            ranks=_ranks(trainer),
             **self._options,  # type: ignore[arg-type]
         )
         if self._state is not None:
             self.recorder.load_state_dict(self._state)
         self.recorder.__enter__()
         self._loss, self._open = 0.0, True
+        self._noticed = self.recorder.divergence is not None
 
     def state_dict(self) -> dict[str, Any]:
         """The recorder's place, so that a Trainer that goes on from a checkpoint numbers on."""
@@ -104,15 +110,26 @@ class GradientFlow(pl.Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         loss, self._loss = self._loss, 0.0
-        known = self.recorder.divergence
         values = self._values() if self._values is not None else {}
         finite = self.recorder.step(loss, **values)
         if not finite:
             # An optimizer passes over parameters without gradient: nothing is updated.
             optimizer.zero_grad(set_to_none=True)
-        if known is None and self.recorder.divergence is not None:
+        if not self._noticed and self._diverged(trainer):
+            self._noticed = True
             self._locate()
             trainer.should_stop = trainer.should_stop or self._on_divergence == "stop"
+
+    def _diverged(self, trainer: pl.Trainer) -> bool:
+        """Whether a divergence is known: on all ranks from the same step on.
+
+        All see the same numbers: on CPUs at once, on GPUs at a flush, for which each has its times.
+        """
+        if _ranks(trainer).world > 1 and trainer.strategy.root_device.type != "cpu":
+            if self.recorder.next_step % _LOOK:
+                return False
+            self.recorder.flush()
+        return self.recorder.divergence is not None
 
     def _locate(self) -> None:
         found = self.recorder.divergence
@@ -136,3 +153,10 @@ class GradientFlow(pl.Callback):
         if self._open:
             self._open = False
             self.recorder.__exit__(type(error) if error else None, error, None)
+
+
+def _ranks(trainer: pl.Trainer) -> Ranks:
+    """The ranks that share a batch. Where they share the parameters too, each is on its own."""
+    if type(trainer.strategy) is DDPStrategy:
+        return Ranks(trainer.global_rank, trainer.world_size)
+    return Ranks()

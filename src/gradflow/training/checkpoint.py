@@ -21,18 +21,26 @@ SECONDS = (2.0, 300.0)
 """Between checkpoints: an epoch that ends earlier has none; later, any update has one."""
 
 
-def write_checkpoint(directory: Path, spec: RunSpec, state: dict[str, Any]) -> None:
-    """Write atomically: a kill leaves the one before or this one."""
-    temporary = directory / f".{CHECKPOINT}.tmp"
-    torch.save(state | {"run_id": spec.run_id, "recipe": RECIPE}, temporary)
-    temporary.replace(directory / CHECKPOINT)
+def write_checkpoint(attempt: Path, spec: RunSpec, state: dict[str, Any]) -> None:
+    """Write atomically: a kill, or a full disk, leaves the one before or this one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = attempt / f".{CHECKPOINT}.tmp"
+    try:
+        torch.save(state | {"run_id": spec.run_id, "recipe": RECIPE}, temporary)
+    except RuntimeError as error:  # of torch's own writer
+        temporary.unlink(missing_ok=True)
+        raise OSError(str(error).strip().splitlines()[0]) from None
+    temporary.replace(attempt / CHECKPOINT)
 
 
-def read_checkpoint(directory: Path, spec: RunSpec) -> dict[str, Any] | None:
+def read_checkpoint(attempt: Path, spec: RunSpec) -> dict[str, Any] | None:
     """The run's last checkpoint on the CPU; None where there is none that can be gone on from."""
     with contextlib.suppress(Exception):  # damaged in whatever way: the run begins again
         state: dict[str, Any] = torch.load(
-            directory / CHECKPOINT, map_location="cpu", weights_only=True
+            attempt / CHECKPOINT, map_location="cpu", weights_only=True
         )
         if state["run_id"] == spec.run_id and state["recipe"] == RECIPE:
             return state

@@ -5,24 +5,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from gradflow.data import Batches, Data, consumed_digest
+from gradflow.errors import GradflowError
+from gradflow.ranks import Group, Ranks
 from gradflow.recording import Divergence, Recorder
 from gradflow.recording.schedules import Schedule
 from gradflow.spec import RunSpec
 from gradflow.store import RunWriter
 from gradflow.tracking import Tracker
-from gradflow.training import checkpoint
+from gradflow.training import checkpoint, ddp
 from gradflow.training.callback import GradientFlow
 from gradflow.training.evaluation import evaluate
 from gradflow.training.module import Classifier
@@ -57,69 +60,143 @@ def train(
     tracker: Tracker,
     emit: Emit,
     state: dict[str, Any] | None = None,
+    group: Group | None = None,
 ) -> Outcome:
     """Train `network` in place as `spec` says; tables go to `writer`, progress to `emit`.
 
     With the `state` of a checkpoint, training goes on there, bit for bit as if never stopped (on
-    the same device, with the same threads and versions).
+    the same devices, with the same threads and versions). With a `group`, all its ranks train, and
+    this process is rank 0.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after what was recorded is written.
     """
-    start = 0 if state is None else state["updates"]
-    batches = Batches(
-        data.train,
-        batch_size=spec.batch_size,
-        accumulate=spec.accumulate,
-        seed=spec.seed,
-        start=start * spec.accumulate,
-    )
-    total = spec.updates(len(data.train))
-    module = Classifier(network, spec, total, start)
-    flow = GradientFlow(
-        quantities,
-        schedule,
-        writer,
-        on_divergence=spec.on_divergence,
-        model=network,
-        values=lambda: {"accuracy": module.accuracy},
-        repeat_forward=module.repeat_forward,
-    )
-    watch = _Watch(module, flow, data, writer, tracker, emit)
-    if state is not None:
-        network.load_state_dict(state["network"])
-        module.state = state
-        flow.load_state_dict(state["recorder"])
-        watch.load(state)
-    accelerator, devices = _placement(device)
-    with _quiet():
-        trainer = pl.Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            precision=_PRECISIONS[spec.precision],  # type: ignore[arg-type]
-            max_epochs=-1,
-            max_steps=total - start,
-            accumulate_grad_batches=spec.accumulate,
-            gradient_clip_val=spec.clip,
-            callbacks=[watch, flow],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        with _interruptible():
-            trainer.fit(module, train_dataloaders=batches)
-        metrics = watch.final(trainer)
-    flow.recorder.flush()
+    ranks = Ranks() if group is None else group.ranks
+    with contextlib.ExitStack() as stack:
+        if group is not None and ranks.world > 1:
+            stack.enter_context(ddp.leading(group))
+            ddp.from_rank_0((data.digest, state))
+        fit = _Fit(network, data, spec, device, ranks, state, schedule, quantities, writer)
+        watch = _Watch(fit.module, fit.flow, data, writer, tracker, emit)
+        if state is not None:
+            watch.load(state)
+        trainer = fit.run(watch)
+    metrics = watch.final(trainer)
+    recorder = fit.flow.recorder
+    recorder.flush()
     return Outcome(
         steps=watch.updates,
         metrics=metrics,
         batches_digest=watch.digest,
-        recorder_seconds=flow.recorder.seconds,
+        recorder_seconds=recorder.seconds,
         fit_seconds=watch.fit_seconds + time.monotonic() - watch.began,
-        divergence=flow.recorder.divergence,
+        divergence=recorder.divergence,
     )
+
+
+def follow(
+    network: nn.Module,
+    data: Data,
+    spec: RunSpec,
+    *,
+    device: torch.device,
+    schedule: dict[str, Schedule],
+    quantities: str | tuple[str, ...],
+    ranks: Ranks,
+    address: tuple[str, int],
+) -> None:
+    """Train as another rank than 0 with the one that is in `train`, at `address`.
+
+    Raises:
+        GradflowError: its data are others.
+    """
+    with ddp.following(ranks, address):
+        digest, state = ddp.from_rank_0(None)
+        if digest != data.digest:
+            raise GradflowError(f"data={spec.data.name}: they are not those of rank 0")
+        fit = _Fit(network, data, spec, device, ranks, state, schedule, quantities)
+        fit.run(_Follow(fit.module))
+
+
+class _Fit:
+    """What every rank does: train its share of the batches, and record."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: Data,
+        spec: RunSpec,
+        device: torch.device,
+        ranks: Ranks,
+        state: dict[str, Any] | None,
+        schedule: dict[str, Schedule],
+        quantities: str | tuple[str, ...],
+        writer: RunWriter | None = None,
+    ):
+        start = 0 if state is None else state["updates"]
+        self._network, self._spec, self._device, self._ranks = network, spec, device, ranks
+        self._batches = Batches(
+            data.train,
+            batch_size=spec.batch_size,
+            accumulate=spec.accumulate,
+            seed=spec.seed,
+            start=start * spec.accumulate,
+            ranks=ranks,
+        )
+        self.module = Classifier(network, spec, spec.updates(len(data.train)), start)
+        if ranks.world > 1:  # DDP, which looks for unused parameters, complains if there are none
+            self.module.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+        self.flow = GradientFlow(
+            quantities,
+            schedule,
+            writer,
+            on_divergence=spec.on_divergence,
+            model=network,
+            values=lambda: {"accuracy": self.module.accuracy},
+            repeat_forward=self.module.repeat_forward,
+        )
+        if state is not None:
+            network.load_state_dict(state["network"])
+            self.module.state = state
+            self.flow.load_state_dict(state["recorder"])
+
+    def run(self, callback: pl.Callback) -> pl.Trainer:
+        """Train to the end; the Trainer that did."""
+        interruptible = _Interruptible()
+        with _quiet():
+            trainer = pl.Trainer(
+                precision=_PRECISIONS[self._spec.precision],  # type: ignore[arg-type]
+                max_epochs=-1,
+                max_steps=self.module.total - self.module.start,
+                accumulate_grad_batches=self._spec.accumulate,
+                gradient_clip_val=self._spec.clip,
+                callbacks=[interruptible, callback, self.flow],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                **ddp.trainer_options(self._ranks, self._device),
+            )
+            with interruptible:
+                trainer.fit(self.module, train_dataloaders=self._batches)
+        self._network.to(self._device)  # Lightning leaves it on the CPU
+        return trainer
+
+
+class _Follow(pl.Callback):
+    """What a rank other than 0 does beside training: nothing but to forget what it trained on."""
+
+    def __init__(self, module: Classifier):
+        self._module = module
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _load_scaler(trainer, self._module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        self._module.consumed.clear()
 
 
 class _Watch(pl.Callback):
@@ -141,7 +218,7 @@ class _Watch(pl.Callback):
         self._seen = module.start
         self.digest = ""  # of the batches trained on, see `consumed_digest`
         self.fit_seconds = 0.0
-        self._epoch: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._epoch: list[tuple[Any, Any]] = []  # loss, accuracy
         self._test: tuple[int, dict[str, float]] | None = None  # updates made, metrics
         self._told = self._saved = self.began = time.monotonic()
 
@@ -166,7 +243,7 @@ class _Watch(pl.Callback):
         if self._module.updates == self._seen:
             return  # more batches of the same update follow
         self._seen = self._module.updates
-        self._epoch.append((self._module.loss, self._module.accuracy))
+        self._epoch.append((self.recorder.latest["loss"], self.recorder.latest["accuracy"]))
         now = time.monotonic()
         if now - self._told >= _PROGRESS_SECONDS:
             self._told = now
@@ -183,15 +260,15 @@ class _Watch(pl.Callback):
         self._say(
             "step",
             step=self._module.updates,
-            loss=float(self._module.loss),
-            accuracy=float(self._module.accuracy),
+            loss=float(self.recorder.latest["loss"]),
+            accuracy=float(self.recorder.latest["accuracy"]),
             ratio=self.recorder.first_to_last(),
         )
 
     def _end_epoch(self, trainer: pl.Trainer) -> None:
-        losses, accuracies = (torch.stack(values) for values in zip(*self._epoch, strict=True))
+        losses, accuracies = (_mean(values) for values in zip(*self._epoch, strict=True))
         self._epoch.clear()
-        seen = {"loss": float(losses.mean()), "accuracy": float(accuracies.mean())}
+        seen = {"loss": losses, "accuracy": accuracies}
         self.recorder.evaluate("train_batches", step=self.updates, **seen)
         test = self._evaluate(trainer, "test")
         self._test = (self.updates, test)
@@ -238,7 +315,9 @@ class _Watch(pl.Callback):
             "digest": self.digest,
             "epoch": self._epoch,
         }
-        checkpoint.write_checkpoint(self._writer.path, self._spec, state)
+        with self._writer.writes():
+            checkpoint.write_checkpoint(self._writer.attempt, self._spec, state)
+        self._writer.settle()
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's state, before the fit."""
@@ -246,34 +325,61 @@ class _Watch(pl.Callback):
         self.fit_seconds = state["fit_seconds"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and self._module.state.get("scaler"):
-            scaler.load_state_dict(self._module.state["scaler"])
+        _load_scaler(trainer, self._module)
 
     def _say(self, event: str, **fields: Any) -> None:
         self._emit({"event": event, "run": self._spec.name, **fields})
 
 
-def _placement(device: torch.device) -> tuple[str, Any]:
-    if device.type == "cuda":
-        return "gpu", [device.index or 0]
-    return device.type, 1
+def _load_scaler(trainer: pl.Trainer, module: Classifier) -> None:
+    """Give a run that goes on the scaler it had."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    state = module.state.get("scaler")
+    if scaler is not None and state:
+        scaler.load_state_dict(state)
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Lightning turns Ctrl-C into SystemExit and leaves SIGINT ignored; undo both."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except SystemExit as error:
-        interrupted = isinstance(error, SIGTERMException)
-        if interrupted or isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise  # a network of the user's has called sys.exit
-    finally:
-        for number, handler in handlers.items():
+class _Interruptible(pl.Callback):
+    """Lets Ctrl-C and SIGTERM end a fit as KeyboardInterrupt, at once; also a context manager.
+
+    Lightning turns Ctrl-C into SystemExit and leaves SIGINT ignored. SIGTERM it keeps for the end
+    of the batch, and tells other ranks of it in the midst of whatever they exchange; before each
+    batch it asks rank 0 whether there was one.
+    """
+
+    def __enter__(self) -> None:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._handlers = {number: signal.getsignal(number) for number in signals}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        handler = self._handlers[signal.SIGTERM]
+        if handler in (signal.SIG_DFL, None):
+            handler = signal.default_int_handler
+        signal.signal(signal.SIGTERM, handler)
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _pass  # type: ignore[method-assign]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        # Any other SystemExit is of a network of the user's.
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+
+
+def _pass() -> None:
+    pass
+
+
+def _mean(values: Sequence[Any]) -> float:
+    """Of numbers, or of tensors on a device."""
+    if isinstance(values[0], torch.Tensor):
+        return float(torch.stack(list(values)).mean())
+    return statistics.fmean(values)
 
 
 @contextlib.contextmanager
