@@ -25,7 +25,7 @@ test-slow: $(READY)
 
 test-cluster: $(READY)
 	@$(PY) tests/cluster/slurm.py check
-	@$(PY) -m pytest -m cluster
+	@$(PY) -m pytest -m cluster tests/cluster
 
 lint: $(READY)
 	@$(PY) -m ruff check .

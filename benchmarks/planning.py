@@ -26,7 +26,7 @@ REPEATS = 5
 
 
 def specs(count: int) -> list[RunSpec]:
-    """Different runs: pairs of plain and residual networks, seed by seed, at five learning rates."""
+    """Different runs: plain and residual networks, seed by seed, at five learning rates."""
     keys = product(range(count), (0.01, 0.02, 0.05, 0.1, 0.2), ("none", "identity"))
     return [
         RunSpec(depth=152, skip=skip, lr=lr, seed=seed, max_steps=2)

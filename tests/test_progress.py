@@ -118,9 +118,9 @@ def test_plain_lines_of_a_sweep():
         "cifar-152-none s0: step 10 of 264, loss 2.303, accuracy 10.4%, grad first/last 1.2e+04",
         "cifar-152-none s0: step 20 of 264, loss 2.303, accuracy 10.4%, grad first/last 1.2e+04",
         "cifar-152-none s0: done in 1 min 00 s, train accuracy 11.2%, test nan%"
-        " [2 runs: 1 done, 0 running, 0 failed, 0 diverged, 1 waiting; 59 s left]",
+        " [2 runs: 1 done, 0 running, 0 failed, 0 diverged, 1 left; 59 s left]",
         "cifar-152-identity s0: failed: ValueError: [no] such thing"
-        " [2 runs: 1 done, 0 running, 1 failed, 0 diverged, 0 waiting]",
+        " [2 runs: 1 done, 0 running, 1 failed, 0 diverged, 0 left]",
     ]
 
 
@@ -157,7 +157,7 @@ def test_the_live_lines_of_a_sweep_fit_into_80_columns():
     words = lines[2].split()
     assert words[:2] == ["cifar-152-none", "s0"]
     assert words[-4:] == ["51%", "2.303", "10.4%", "1.2e+04"]
-    assert lines[3] == "3 runs: 0 done, 2 running, 0 failed, 0 diverged, 1 waiting; 12 s left"
+    assert lines[3] == "3 runs: 0 done, 2 running, 0 failed, 0 diverged, 1 left; 12 s left"
     assert len(lines) == 4
     assert max(map(len, lines)) <= 80
     drawn = out.getvalue()
@@ -194,7 +194,7 @@ def test_ended_runs_stand_above_the_live_lines():
         assert "Stopping: 1 run at work, ending as interrupted …" in out.getvalue()
         display(end(SKIP, "interrupted"))
         assert picture(display) == [
-            "2 runs: 0 done, 0 running, 0 failed, 1 diverged, 1 interrupted, 0 waiting"
+            "2 runs: 0 done, 0 running, 0 failed, 1 diverged, 1 interrupted, 0 left"
         ]
 
 
@@ -209,7 +209,7 @@ def test_more_runs_than_the_terminal_has_lines():
     assert len(lines) <= 10
     assert lines[-2:] == [
         "and 14 runs more",
-        "20 runs: 0 done, 20 running, 0 failed, 0 diverged, 0 waiting",
+        "20 runs: 0 done, 20 running, 0 failed, 0 diverged, 0 left",
     ]
 
 

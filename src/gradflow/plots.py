@@ -85,13 +85,6 @@ def _styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
     return found | {n: _OTHER_STYLES[i % len(_OTHER_STYLES)] for i, n in enumerate(others)}
 
 
-def ordered(arms: Iterable[str]) -> list[str]:
-    """The distinct arms, plain and residual first."""
-    known = list(dict.fromkeys(arms))
-    rank = {name: place for place, name in enumerate(_STYLES)}
-    return sorted(known, key=lambda name: (rank.get(name, len(rank)), name))
-
-
 def _grid(panels: int, columns: int = 3, height: float = 2.7) -> tuple[Figure, list[Axes]]:
     columns = max(1, min(columns, panels))
     rows = math.ceil(panels / columns)
@@ -223,15 +216,6 @@ def _power(value: float, _: int = 0) -> str:
     return "10" + exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def when(steps: ArrayLike) -> str:
-    """A moment in words: `initialisation`, `after 263 updates`."""
-    known = np.unique(np.asarray(steps, dtype=int))
-    if known[-1] == 0:
-        return "initialisation"
-    first = f"{known[0]} to " if len(known) > 1 else ""
-    return f"after {first}{known[-1]} update{'s' if known[-1] > 1 else ''}"
-
-
 def _completed(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns that facet a figure, also for the frame of a single record, which lacks them."""
     missing: dict[str, Any] = {"run_id": "", "depth": pd.NA, "arm": ""}
@@ -280,7 +264,7 @@ def profile(
     panels = []
     for moment in dict.fromkeys(range(2) if (ends[:, 0] != ends[:, 1]).any() else [0]):
         here = data[steps == ends[:, moment]]
-        words = when(here["step"])
+        words = tables.when(here["step"])
         panels += [(words, facet, part) for facet, part in _by_depth(here)]
     constant = len({words for words, *_ in panels}) == 1
     figure, axes = _grid(len(panels))
@@ -296,7 +280,7 @@ def profile(
     if family == tables.NORM:
         label = label.replace("weight gradient", "parameters' gradient")
     figure.supylabel(label, fontsize=9)
-    arms = [_line_handle(arm, styles[arm]) for arm in ordered(data["arm"]) if arm]
+    arms = [_line_handle(arm, styles[arm]) for arm in tables.ordered(data["arm"]) if arm]
     heading = ": ".join(filter(None, [panels[0][0] if constant else "", title]))
     _legend(figure, [*arms, *_edge_handles(drawn)], heading)
     return figure
@@ -331,7 +315,7 @@ def heatmap(frame: pd.DataFrame, quantity: str = "weight_grad_norm", *, title: s
     """
     data = _completed(frame)
     data = data[data["family"] == tables.WEIGHT]
-    arms = ordered(data["arm"])
+    arms = tables.ordered(data["arm"])
     depths = _by_depth(data)
     figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * len(depths)))
     figure.set_layout_engine("constrained")
@@ -448,7 +432,7 @@ def degradation(points: pd.DataFrame, lines: pd.DataFrame, *, title: str = "") -
     points, lines = points[points["depth"].notna()], lines[lines["depth"].notna()]
     splits = [s for s in tables.SPLITS if (lines["split"] == s).any()] or ["train"]
     figure, axes = _grid(len(splits), columns=2, height=2.9)
-    arms = ordered(points["arm"])
+    arms = tables.ordered(points["arm"])
     styles = _styles(arms)
     drawn: set[str] = set()
     for ax, split in zip(axes, splits, strict=True):
@@ -481,7 +465,7 @@ def benefit(points: pd.DataFrame, lines: pd.DataFrame, *, title: str = "") -> Fi
     """
     splits = [s for s in tables.SPLITS if (lines["split"] == s).any()] or ["train"]
     figure, axes = _grid(len(splits), columns=2, height=2.9)
-    arms = ordered(points["arm"])
+    arms = tables.ordered(points["arm"])
     for ax, split in zip(axes, splits, strict=True):
         ax.axhline(0, color="0.4", linewidth=0.8, zorder=0)
         _against_depth(ax, points, lines[lines["split"] == split], f"{split}_difference", arms)
@@ -525,7 +509,9 @@ def curves(frame: pd.DataFrame, *, title: str = "") -> Figure:
             shown = data[(data["measure"] == "loss") & (data["split"] == "train")]["value"]
             _log_limits([ax for ax, _ in line], shown)
     figure.supxlabel("step (updates)", fontsize=9)
-    handles: list[Any] = [_line_handle(arm, styles[arm]) for arm in ordered(data["arm"]) if arm]
+    handles: list[Any] = [
+        _line_handle(arm, styles[arm]) for arm in tables.ordered(data["arm"]) if arm
+    ]
     if data["final"].any():
         label = "end, evaluation mode"
         handles.append(
@@ -590,7 +576,7 @@ def blocks(frame: pd.DataFrame, *, title: str = "") -> Figure:
                     drawn |= _edge_marks(ax, x, y, _TERMS[term][0])
             ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     figure.supxlabel("block, counted from the input", fontsize=9)
-    heading = ": ".join(filter(None, [when(data["step"]), title]))
+    heading = ": ".join(filter(None, [tables.when(data["step"]), title]))
     terms = [_line_handle(name, style) for name, style in _TERMS.items()]
     _legend(figure, [*terms, *_edge_handles(drawn)], heading)
     return figure

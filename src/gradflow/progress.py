@@ -163,6 +163,11 @@ class Display:
     def _on_start(self, event: dict[str, Any]) -> None:
         self._job(event).status = "starting"
 
+    def _on_elsewhere(self, event: dict[str, Any]) -> None:
+        job = self._job(event)
+        job.status = "waiting"
+        self._print(f"{job.label}: another process is at work on it; waiting for it")
+
     def _on_begin(self, event: dict[str, Any]) -> None:
         job = self._job(event)
         job.status, job.steps, job.begun = "running", event["steps"], self._clock()
@@ -241,7 +246,7 @@ class Display:
             bar = ProgressBar(total=1.0, completed=job.fraction, width=_BAR)
             starts = job.status == "starting"
             done = (Text("starting"), "") if starts else (bar, f"{100 * job.fraction:.0f}%")
-            row = (_loss(job.loss), _percent(job.accuracy), _ratio(job.ratio))
+            row = (loss(job.loss), percent(job.accuracy), _ratio(job.ratio))
             table.add_row(Text(job.label, no_wrap=True, overflow="ellipsis"), *done, *row)
         hidden = len(running) - len(shown)
         parts: list[Any] = [table] if shown else []
@@ -251,14 +256,7 @@ class Display:
         return Group(*parts, *(Text(_progress(job) + self._left()) for job in running))
 
     def _totals(self) -> str:
-        counts = Counter(job.status for job in self._jobs.values())
-        running = counts["running"] + counts["starting"]
-        shown = {"done": counts["done"], "running": running, "failed": counts["failed"]}
-        shown |= {"diverged": counts["diverged"]}
-        shown |= {"interrupted": counts["interrupted"]} if counts["interrupted"] else {}
-        shown |= {"waiting": counts["waiting"]}
-        line = ", ".join(f"{count} {status}" for status, count in shown.items())
-        return f"{_runs(len(self._jobs))}: {line}{self._left()}"
+        return totals(job.status for job in self._jobs.values()) + self._left()
 
     def _left(self) -> str:
         if all(job.ended is not None for job in self._jobs.values()):
@@ -307,7 +305,7 @@ def outcome(
         words += f" {'in' if status == 'done' else 'after'} {duration(seconds)}"
     for name, said in {"train_accuracy": "train accuracy", "test_accuracy": "test"}.items():
         if name in metrics:
-            words += f", {said} {_percent(metrics[name])}"
+            words += f", {said} {percent(metrics[name])}"
     return f"{words}: {error.splitlines()[-1]}" if error else words
 
 
@@ -321,12 +319,24 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def totals(statuses: Iterable[str]) -> str:
+    """How many runs are how far: `12 runs: 5 done, 2 running, 0 failed, 1 diverged, 4 left`."""
+    counts = Counter(statuses)
+    running = counts["running"] + counts["starting"]
+    shown = {"done": counts["done"], "running": running, "failed": counts["failed"]}
+    shown |= {"diverged": counts["diverged"]}
+    shown |= {"interrupted": counts["interrupted"]} if counts["interrupted"] else {}
+    shown |= {"left": counts["waiting"]}
+    line = ", ".join(f"{count} {status}" for status, count in shown.items())
+    return f"{_runs(counts.total())}: {line}"
+
+
 def _progress(job: Job) -> str:
     return f"step {job.step} of {job.steps}"
 
 
 def _numbers(job: Job) -> str:
-    numbers = f"loss {_loss(job.loss)}, accuracy {_percent(job.accuracy)}"
+    numbers = f"loss {loss(job.loss)}, accuracy {percent(job.accuracy)}"
     return numbers + ("" if job.ratio is None else f", grad first/last {_ratio(job.ratio)}")
 
 
@@ -334,13 +344,15 @@ def _runs(count: int) -> str:
     return f"{count} run" if count == 1 else f"{count} runs"
 
 
-def _loss(value: float | None) -> str:
+def loss(value: float | None) -> str:
+    """`0.123`, `1.23e-05`; `-` for None."""
     if value is None:
         return "-"
     return f"{value:.3f}" if 1e-3 <= abs(value) < 1000 or value == 0 else f"{value:.2e}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """`99.8%`; `-` for None."""
     return "-" if value is None else f"{100 * value:.1f}%"
 
 

@@ -19,19 +19,24 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from matplotlib.figure import Figure
 
-from gradflow import captions, plots, schema, tables
+from gradflow import captions, schema, status, tables
 from gradflow.errors import GradflowError, StoreError
 from gradflow.store import Run, Runs, load_runs
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 QUANTITY = "weight_grad_norm"
+TOLD_RUNS = 100
+"""Runs of which a text tells what the gradient did in each; of more it would be neither short nor
+quick."""
 DRAWN_GROUPS = 6
 """Groups of comparable runs that get figures; further ones are in the tables alone."""
 
@@ -373,6 +378,8 @@ class _Page:
 
     def figure(self, name: str, figure: Figure, alt: str, caption: str) -> None:
         stem = self.directory / "figures" / name
+        from gradflow import plots
+
         files = plots.save(figure, stem)
         image = base64.b64encode(files[0].read_bytes()).decode()
         links = ", ".join(f'<a href="figures/{f.name}">{f.suffix[1:].upper()}</a>' for f in files)
@@ -433,7 +440,7 @@ def _replace(staging: Path, directory: Path) -> None:
 
 def _title(found: Material) -> str:
     depths = sorted(found.overview["depth"].dropna().unique())
-    arms = " and ".join(plots.ordered(found.overview["arm"]))
+    arms = " and ".join(tables.ordered(found.overview["arm"]))
     if not depths:
         return "Recorded runs"
     return f"{arms[0].upper()}{arms[1:]} networks of depth {', '.join(map(str, depths))}"
@@ -505,6 +512,8 @@ _INTERVALS = (
 
 
 def _question(page: _Page, groups: list[Material], drawn: int) -> None:
+    from gradflow import plots  # takes as long to load as all else: not for a text
+
     page.section("comparison", "Does depth hurt, and how much does a skip help?")
     compared = [(group, tables.comparison(group.overview, group.pairs)) for group in groups]
     compared = [(group, words) for group, words in compared if len(words)]
@@ -557,7 +566,9 @@ def _profile_section(
 def _profile_figures(
     page: _Page, group: Material, frame: pd.DataFrame, moment: str, title: str
 ) -> None:
-    when = plots.when(frame["step"])
+    from gradflow import plots  # takes as long to load as all else: not for a text
+
+    when = tables.when(frame["step"])
     about = f"One line a run. {_under(group)}"
     families = set(frame["family"])
     if tables.WEIGHT in families:
@@ -586,7 +597,7 @@ def _profile_figures(
 def _rate_table(profiles: pd.DataFrame, moment: str) -> tuple[pd.DataFrame, str]:
     frame = profiles[profiles["moment"] == moment] if len(profiles) else profiles
     words = tables.rate_words(tables.rates(frame)) if len(frame) else frame
-    return (_rate_columns(words), plots.when(frame["step"])) if len(words) else (words, "")
+    return (_rate_columns(words), tables.when(frame["step"])) if len(words) else (words, "")
 
 
 def _rate_columns(words: pd.DataFrame) -> pd.DataFrame:
@@ -601,6 +612,8 @@ def _rate_columns(words: pd.DataFrame) -> pd.DataFrame:
 
 
 def _heat_section(page: _Page, groups: list[Material]) -> None:
+    from gradflow import plots  # takes as long to load as all else: not for a text
+
     parts = [group for group in groups if len(group.heat)]
     if not parts:
         return
@@ -621,6 +634,8 @@ def _heat_section(page: _Page, groups: list[Material]) -> None:
 
 
 def _curve_section(page: _Page, groups: list[Material]) -> None:
+    from gradflow import plots  # takes as long to load as all else: not for a text
+
     parts = [g for g in groups if len(g.curves) and g.curves["step"].nunique() > 1]
     if not parts:
         return
@@ -639,6 +654,8 @@ def _curve_section(page: _Page, groups: list[Material]) -> None:
 
 
 def _benefit_section(page: _Page, groups: list[Material]) -> None:
+    from gradflow import plots  # takes as long to load as all else: not for a text
+
     parts = [(group, tables.benefit(group.pairs)) for group in groups]
     if not any(len(lines) for _, lines in parts):
         return
@@ -657,11 +674,13 @@ def _benefit_section(page: _Page, groups: list[Material]) -> None:
 
 
 def _block_section(page: _Page, groups: list[Material]) -> None:
+    from gradflow import plots  # takes as long to load as all else: not for a text
+
     parts = [
         (group, arm, group.blocks[group.blocks["arm"] == arm])
         for group in groups
         if len(group.blocks)
-        for arm in plots.ordered(group.blocks["arm"])
+        for arm in tables.ordered(group.blocks["arm"])
         if arm != tables.PLAIN
     ]
     if not parts:
@@ -671,7 +690,7 @@ def _block_section(page: _Page, groups: list[Material]) -> None:
         title = str(group.overview["title"].iloc[0])
         for moment in dict.fromkeys(frame["moment"]):
             here = frame[frame["moment"] == moment]
-            when = plots.when(here["step"])
+            when = tables.when(here["step"])
             page.figure(
                 f"blocks-{re.sub('[^a-z0-9]+', '-', arm.lower())}-{moment}{_number(group)}",
                 plots.blocks(here, title=", ".join(filter(None, [arm, title]))),
@@ -709,7 +728,7 @@ def _run_section(page: _Page, found: Material) -> None:
 
 
 def _sorted(overview: pd.DataFrame) -> pd.DataFrame:
-    place = {name: index for index, name in enumerate(plots.ordered(overview["arm"]))}
+    place = {name: index for index, name in enumerate(tables.ordered(overview["arm"]))}
     order = overview.assign(place=overview["arm"].map(place), text=overview["seed"].map(str))
     return overview.loc[order.sort_values(["group", "depth", "place", "text"]).index]
 
@@ -734,11 +753,14 @@ def _condition_section(page: _Page, groups: list[Material]) -> None:
 
 
 def text_report(runs: Runs) -> str:
-    """The report as a text: the comparison, what gradients did, and the runs.
+    """The report as a text: the comparison, and of few runs what each gradient did.
 
     Raises:
         GradflowError: no run that can be read.
     """
+    if len(runs) > TOLD_RUNS:
+        rest = f"{len(runs):,} runs: python -m analysis tells what the gradient did in each"
+        return "\n\n".join([comparison(runs), rest, *runs.problems])
     found = gather(runs)
     parts = [_comparison_text(found.overview, found.pairs)]
     for group in (found.of(number) for number in sorted(found.overview["group"].unique())):
@@ -755,6 +777,22 @@ def text_report(runs: Runs) -> str:
     return "\n\n".join(parts)
 
 
+def _print_text(places: Sequence[str]) -> None:
+    """How the sweeps stand, and what there is to compare so far."""
+    runs = load_runs(*places)
+    standing = status.text(runs, places)
+    if len(runs) or not standing:
+        _check_any(runs, places)
+        standing = "\n\n".join(filter(None, [standing, text_report(runs)]))
+    print(standing)
+
+
+def _check_any(runs: Runs, places: Sequence[str]) -> None:
+    if not len(runs):
+        where = ", ".join(places)
+        raise GradflowError("; ".join([f"{where}: no runs that can be read", *runs.problems]))
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m gradflow.report") -> int:
     """The command line: 0, or 1 after one line that says why there is no report."""
     parser = argparse.ArgumentParser(prog=prog, description="A report over recorded runs.")
@@ -765,13 +803,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m gradflow.repo
     parser.add_argument("--text", action="store_true", help="print a text, write nothing")
     options = parser.parse_args(argv)
     try:
-        runs = load_runs(*options.runs)
-        if not len(runs):
-            places = ", ".join(options.runs)
-            raise GradflowError("; ".join([f"{places}: no runs that can be read", *runs.problems]))
         if options.text:
-            print(text_report(runs))
+            _print_text(options.runs)
             return 0
+        runs = load_runs(*options.runs)
+        _check_any(runs, options.runs)
         found = gather(runs)
         page = _write(found, options.out)
     except GradflowError as error:

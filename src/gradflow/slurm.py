@@ -686,6 +686,8 @@ def _in_queue_as_running(job: str) -> bool:
 def _requeue(job: str, specs: list[RunSpec], execution: Execution, diary: _Diary) -> None:
     """Requeue this job, unless it was stopped again and again before its run got any further."""
     left = [spec for spec in specs if spec.name not in diary.ended]
+    if not left:
+        return
     store = Path(execution.runs_dir)
     reached = [[spec.name, _checkpointed(store / spec.name)] for spec in left]
     diary.write({"event": "requeued", "reached": reached})
@@ -748,8 +750,8 @@ class _Diary:
         self._said = -_TURN
         for event in _events(path.read_bytes() if path.exists() else b""):
             self._take_in(event)
-        self._file = path.open("a")
-        self._file.write("\n")  # after a line that a kill may have cut short
+        self._path = path
+        self._add("\n")  # after a line that a kill may have cut short
 
     def write(self, event: dict[str, Any]) -> None:
         if event["event"] == "step":
@@ -757,8 +759,12 @@ class _Diary:
                 return
             self._said = time.monotonic()
         self._take_in(event)
-        self._file.write(json.dumps(encode(event), allow_nan=False) + "\n")
-        self._file.flush()
+        self._add(json.dumps(encode(event), allow_nan=False) + "\n")
+
+    def _add(self, text: str) -> None:
+        """A network file system shows other machines what was written once the file is closed."""
+        with self._path.open("a") as file:
+            file.write(text)
 
     def _take_in(self, event: dict[str, Any]) -> None:
         if event["event"] == "end" and event["status"] != "interrupted":

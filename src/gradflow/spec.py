@@ -350,16 +350,17 @@ class RecordSpec:
 
 def _part(kind: type, value: Any, prefix: str) -> Any:
     """A part given as itself, as its name alone, or as a mapping of its keys."""
+    names = {item.name for item in fields(kind)}
     if isinstance(value, kind):
         return value
-    if isinstance(value, str) and "name" in kind.__dataclass_fields__:
+    if isinstance(value, str) and "name" in names:
         return kind(name=value)
     if isinstance(value, Mapping):
-        unknown = set(value) - {item.name for item in fields(kind)}
+        unknown = set(value) - names
         if unknown:
             raise SpecError(f"{prefix}{min(unknown)}: no such key")
         return kind(**value)
-    allowed = "a name" if "name" in kind.__dataclass_fields__ else f"{prefix}KEY=VALUE"
+    allowed = "a name" if "name" in names else f"{prefix}KEY=VALUE"
     raise SpecError(f"{prefix.rstrip('.')}={_spelled(value)}: allowed is {allowed}")
 
 

@@ -27,6 +27,8 @@ from gradflow.store import FINISHED, METRICS, Run, Runs
 LEVEL = 0.95
 PLAIN = "plain"
 ARM_NAMES = {"none": PLAIN, "identity": "residual"}
+ARMS = (PLAIN, "residual", "forward only", "backward only")
+"""Arms that have a place of their own in an order, and a colour."""
 SPLITS = ("train", "test")
 WEIGHT, NORM, ASIDE = "weights", "norm", "aside"
 """The families of layers that profiles keep apart; see `profile`."""
@@ -791,6 +793,22 @@ def other_circumstances(run: Run) -> list[str]:
             lines.append(f"gone on after {updates} updates with {', '.join(sorted(words))}")
         before = here
     return lines
+
+
+def ordered(arms: Iterable[str]) -> list[str]:
+    """The distinct arms, plain and residual first."""
+    known = list(dict.fromkeys(arms))
+    rank = {name: place for place, name in enumerate(ARMS)}
+    return sorted(known, key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def when(steps: ArrayLike) -> str:
+    """A moment in words: `initialisation`, `after 263 updates`."""
+    known = np.unique(np.asarray(steps, dtype=int))
+    if known[-1] == 0:
+        return "initialisation"
+    first = f"{known[0]} to " if len(known) > 1 else ""
+    return f"after {first}{known[-1]} update{'s' if known[-1] > 1 else ''}"
 
 
 def rate_words(frame: pd.DataFrame) -> pd.DataFrame:

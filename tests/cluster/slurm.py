@@ -316,7 +316,11 @@ def _free_ports(row: int) -> tuple[int, int, int]:
 
 def _bound(port: int) -> socket.socket:
     bound = socket.socket()
-    bound.bind(("127.0.0.1", port))
+    try:
+        bound.bind(("127.0.0.1", port))
+    except OSError:
+        bound.close()
+        raise
     return bound
 
 
