@@ -135,9 +135,7 @@ def test_as_many_workers_as_cores_have_room_for(monkeypatch, tmp_path, settings,
 
 def devices_of(monkeypatch, tmp_path, settings):
     """The devices of the workers that a sweep of seven runs would have."""
-    monkeypatch.setattr(
-        module._Pool, "compute", lambda pool, specs: places.extend(pool._free) or {}
-    )
+    monkeypatch.setattr(module.Pool, "compute", lambda pool, specs: places.extend(pool._free) or {})
     places, events = [], []
     sweep([spec(s) for s in range(7)], display=events.append, runs_dir=str(tmp_path), **settings)
     assert events[0]["workers"] == len(places)

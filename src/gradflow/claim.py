@@ -37,7 +37,8 @@ LEASE = 120.0
 CLAIM = "claim.json"
 _ATTEMPT = re.compile(r"attempt-(\d+)")
 _LOOK = 1.0  # seconds between looks at another machine's claim
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# NFS has locks of files that are open for writing alone, which a directory never is: EBADF.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
 class Claim:

@@ -43,7 +43,7 @@ from gradflow.interrupt import Interrupt
 from gradflow.progress import Display, guarded
 from gradflow.spec import Execution, RunSpec
 from gradflow.store import FINISHED, Run, encode, find, mark_dead
-from gradflow.sweep import End, Say, _Pool
+from gradflow.sweep import End, Pool, Say
 from gradflow.worker import GRACE, LAST_LINES
 
 FOLDER = ".slurm"
@@ -674,7 +674,7 @@ def _compute(specs: list[RunSpec], execution: Execution, diary: _Diary) -> None:
             diary.write(event)
             say(event)
 
-        _Pool(local, tell, most=len(specs)).compute(specs)
+        Pool(local, tell, most=len(specs)).compute(specs)
 
 
 def _in_queue_as_running(job: str) -> bool:

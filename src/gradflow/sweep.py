@@ -128,7 +128,7 @@ def sweep(specs: Iterable[RunSpec], *, display: Say | None = None, **settings: A
 
         launcher: _Launcher = Slurm(execution, say, most=len(todo.missing))
     else:
-        launcher = _Pool(execution, say, most=len(todo.missing))
+        launcher = Pool(execution, say, most=len(todo.missing))
     reused = len(todo.specs) - len(todo.missing) - len(todo.failed)
     say(
         {"event": "sweep", "reused": reused, "workers": launcher.size}
@@ -358,7 +358,7 @@ class _Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-class _Pool:
+class Pool:
     """The workers of one sweep.
 
     Attributes:
