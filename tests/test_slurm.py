@@ -309,3 +309,9 @@ def test_usr2_interrupts_the_job_once_and_kills_no_worker():
     job.send_signal(signal.SIGUSR2)
     job.send_signal(signal.SIGTERM)
     assert job.communicate(timeout=60)[0] == "True 0\n"
+
+
+def test_the_command_line_hands_over_also_a_single_run(command, tmp_path):
+    done = command("-m", "gradflow", "depth=8", "launcher=slurm", PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == "gradflow: launcher=slurm: there is no sbatch on this machine\n"
