@@ -10,7 +10,7 @@ from gradflow import cli, load_runs
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^python -m gradflow (.*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^python -m gradflow (.*)$", README.replace("\\\n", ""), re.MULTILINE)
 THREE = [line for line in COMMANDS if "max_steps=0" in line]
 
 
