@@ -65,7 +65,9 @@ def measure(what: str, store: Path) -> None:
     wanted = specs(SPECS) if what == "plan" else []
     began = time.perf_counter()
     if what == "plan":
-        found = f"{len(plan(store, wanted).missing):,} of {SPECS:,} runs are missing"
+        missing = len(plan(store, wanted).missing)
+        assert missing == SPECS - STORED
+        found = f"{missing:,} of {SPECS:,} runs are missing"
     else:
         found = f"{len(load_runs(store)):,} runs"
     seconds = time.perf_counter() - began

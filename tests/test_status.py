@@ -11,7 +11,7 @@ from crash import die
 
 from gradflow import load_runs, report, schema, status
 from gradflow.spec import RunSpec
-from gradflow.store import RunWriter
+from gradflow.store import RunWriter, mark_dead
 
 sweeping = importlib.import_module("gradflow.sweep")
 SPECS = [RunSpec(depth=8, seed=seed) for seed in range(5)]
@@ -52,6 +52,39 @@ def test_a_sweep_under_way(store):
     ]
 
 
+def test_time_left_is_told_from_this_sweep_and_this_attempt(store):
+    """Not from runs that were there before, nor from what a run had computed before it stopped."""
+    with RunWriter(store / LEFT.name, LEFT.to_dict()) as writer:
+        writer.record["seconds"] = 1e6
+        writer.spent = 1e6
+        writer.finish("done")
+    (path,) = (store / ".sweeps").iterdir()
+    about = json.loads(path.read_text())
+    for member in about["runs"]:
+        member["missing"] = member["run"] == RUNNING.name
+        member["steps"] = 4
+    path.write_text(json.dumps(about))
+    (record,) = store.glob(f"{RUNNING.name}/run.json")
+    run = json.loads(record.read_text()) | {"started": time.time() - 1e6}
+    run["resumed"] = [{"updates": 1, "started": time.time() - 30}]
+    record.write_text(json.dumps(run))
+    assert lines(store)[0].endswith("; 1 min 00 s left")  # 1 of 4 in 30 s, 2 of 4 to go
+
+
+def test_a_run_that_was_killed_in_the_sweep_has_failed(store):
+    mark_dead(store / GONE.name, "failed", "killed by signal 9 (SIGKILL)")
+    head, *rest = lines(store)
+    assert "1 done, 1 running, 2 failed, 0 diverged, 1 left" in head
+    assert f"  {GONE.name}: failed: killed by signal 9 (SIGKILL)" in rest
+
+
+def test_a_sweep_of_another_machine_is_taken_to_live(store):
+    (path,) = (store / ".sweeps").iterdir()
+    about = json.loads(path.read_text()) | {"host": "elsewhere"}
+    path.with_name("other.json").write_text(json.dumps(about))
+    assert not any("not under way" in line for line in lines(store))
+
+
 def test_a_sweep_that_was_killed(store):
     (path,) = (store / ".sweeps").iterdir()
     copy = path.with_name("killed.json")
@@ -74,9 +107,11 @@ def test_what_failed_before_the_sweep_is_left_where_it_is_tried_again(store):
 def test_a_run_outside_of_any_sweep(store):
     (path,) = (store / ".sweeps").iterdir()
     path.write_text("{")
-    head, line = lines(store)
-    assert head == "at work outside of a sweep:"
-    assert line.startswith(f"  {RUNNING.name}: step 2, loss 0.125")
+    head, *rest = lines(store)
+    assert head == "under way:"
+    shown = {line.split(":")[0].strip(): line for line in rest}
+    assert shown[GONE.name].endswith("step 0; stopped: the same command goes on")
+    assert shown[RUNNING.name].endswith("step 2, loss 0.125, accuracy 75.0%, for 1 min 06 s")
 
 
 def test_a_sweep_of_which_nothing_is_there_yet_is_told_all_the_same(tmp_path, capsys):
@@ -111,6 +146,9 @@ def test_many_runs_are_told_in_short_and_without_what_draws(tmp_path, command):
         "print(sorted({'seaborn', 'matplotlib', 'torch'} & set(sys.modules)))"
     )
     out = command("-c", code).stdout.splitlines()
-    assert "101 runs: python -m analysis tells what the gradient did in each" in out
+    assert (
+        f"{report.TOLD_RUNS + 1} runs: python -m analysis tells what the gradient did in each"
+        in out
+    )
     assert out[-1] == "[]"
     assert len(out) < 20

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 import re
 import shutil
 import sys
@@ -28,13 +29,13 @@ import pyarrow.compute as pc
 
 from gradflow import captions, schema, status, tables
 from gradflow.errors import GradflowError, StoreError
-from gradflow.store import Run, Runs, load_runs
+from gradflow.store import FINISHED, Run, Runs, load_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 QUANTITY = "weight_grad_norm"
-TOLD_RUNS = 100
+TOLD_RUNS = 24
 """Runs of which a text tells what the gradient did in each; of more it would be neither short nor
 quick."""
 DRAWN_GROUPS = 6
@@ -760,7 +761,9 @@ def text_report(runs: Runs) -> str:
     """
     if len(runs) > TOLD_RUNS:
         rest = f"{len(runs):,} runs: python -m analysis tells what the gradient did in each"
-        return "\n\n".join([comparison(runs), rest, *runs.problems])
+        open_ends = [run for run in runs if run.status not in FINISHED]
+        lines = [f"{run.path.name}: {tables.outcome(run)}" for run in open_ends]
+        return "\n\n".join([comparison(runs), rest, "\n".join([*lines, *runs.problems])]).rstrip()
     found = gather(runs)
     parts = [_comparison_text(found.overview, found.pairs)]
     for group in (found.of(number) for number in sorted(found.overview["group"].unique())):
@@ -784,7 +787,10 @@ def _print_text(places: Sequence[str]) -> None:
     if len(runs) or not standing:
         _check_any(runs, places)
         standing = "\n\n".join(filter(None, [standing, text_report(runs)]))
-    print(standing)
+    try:
+        print(standing, flush=True)
+    except BrokenPipeError:  # `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _check_any(runs: Runs, places: Sequence[str]) -> None:

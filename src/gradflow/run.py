@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import platform
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -149,7 +150,8 @@ def _compute(
     if state:
         writer.spent = state["seconds"]
         attempts = writer.record.get("resumed", [])
-        writer.update(resumed=[*attempts, {"updates": state["updates"], "environment": here}])
+        attempt = {"updates": state["updates"], "started": time.time(), "environment": here}
+        writer.update(resumed=[*attempts, attempt])
     else:
         writer.update(environment=here)
     network = _network(spec, data, device, ranks)

@@ -7,8 +7,9 @@ the run's own record.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
-import os
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from gradflow import claim
-from gradflow.errors import Busy, StoreError
+from gradflow.errors import StoreError
 from gradflow.progress import Job, duration, loss, percent, time_left, totals
 from gradflow.store import FINISHED, SWEEPS, Run, Runs
 
@@ -47,29 +47,29 @@ def sweeps(stores: Iterable[str | Path]) -> Iterator[Sweep]:
     for path in (path for store in stores for path in sorted(Path(store).glob(f"{SWEEPS}/*.json"))):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             about = json.loads(path.read_text())
-            alive = _is_alive(path)
+            alive = about["host"] != socket.gethostname() or _is_alive(path)
             yield Sweep(path.stem, about["started"], alive, about["workers"], about["runs"])
 
 
 def _is_alive(path: Path) -> bool:
-    try:
-        handle = claim.lock(path)
-    except Busy:
-        return True
-    if handle is not None:
-        os.close(handle)
+    with path.open() as file, contextlib.suppress(OSError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # two that look do not see each other
+        except BlockingIOError:
+            return True
     return False
 
 
 def text(runs: Runs, stores: Iterable[str | Path]) -> str:
-    """A block of lines for each sweep, and one for runs at work outside of any; may be empty."""
+    """A block of lines for each sweep, and one for runs begun outside of any; may be empty."""
     there = {run.path.name: run for run in runs}
     found = list(sweeps(stores))
     blocks = [_sweep_text(sweep, there) for sweep in found]
     named = {member["run"] for sweep in found for member in sweep.members}
-    others = [_run_line(run, None) for run in runs if run.path.name not in named and run.alive]
-    if others:
-        blocks.append("\n".join(["at work outside of a sweep:", *others]))
+    others = [run for run in runs if run.path.name not in named and run.status == "running"]
+    lines = [_run_line(run, None) for run in others]
+    if lines:
+        blocks.append("\n".join(["outside of these:" if found else "under way:", *lines]))
     return "\n\n".join(blocks)
 
 
@@ -83,7 +83,8 @@ def _sweep_text(sweep: Sweep, there: dict[str, Run]) -> str:
             lines.append(_run_line(run, job.steps))
         elif run is not None and job.status == "failed":
             lines.append(f"  {run.path.name}: failed: {_last_line(run)}")
-    left = time_left(jobs, sweep.workers, now) if sweep.alive else None
+    own = [job for job, member in zip(jobs, sweep.members, strict=True) if member["missing"]]
+    left = time_left(own, sweep.workers, now) if sweep.alive else None
     head = f"sweep {sweep.name}: {totals(job.status for job in jobs)}"
     head += "" if left is None else f"; {duration(left)} left"
     head += "" if sweep.alive else "; not under way: the same command goes on"
@@ -100,8 +101,16 @@ def _job(sweep: Sweep, member: dict[str, Any], run: Run | None, now: float) -> J
         job.begun, job.ended = now - (run.record.get("seconds") or 0.0), now
     elif run.alive:
         job.status, job.step = "running", len(_steps(run) or ())
-        job.begun = run.record.get("started") or now
+        job.begun, updates = _begun(run)
+        job.first = (job.begun, updates / job.steps if job.steps else 0.0)
     return job
+
+
+def _begun(run: Run) -> tuple[float, int]:
+    """When the attempt that is under way began, and how many updates had been made by then."""
+    first = {"started": run.record.get("started"), "updates": 0}
+    last = [first, *run.record.get("resumed", [])][-1]
+    return last.get("started") or time.time(), last.get("updates") or 0
 
 
 def _has_failed(sweep: Sweep, member: dict[str, Any], run: Run) -> bool:
@@ -122,8 +131,9 @@ def _run_line(run: Run, steps: int | None) -> str:
     if data is not None:
         last = {name: data[name][-1].as_py() for name in data.column_names}
         line += f", loss {loss(last.get('loss'))}, accuracy {percent(last.get('accuracy'))}"
-    started = run.record.get("started")
-    return line if started is None else f"{line}, for {duration(time.time() - started)}"
+    if not run.alive:
+        return f"{line}; stopped: the same command goes on"
+    return f"{line}, for {duration(time.time() - _begun(run)[0])}"
 
 
 def _last_line(run: Run) -> str:

@@ -558,6 +558,7 @@ def mark_dead(
             record = _read_record(path)
             if record["status"] in _UNDECIDED:
                 record |= {"status": status, "error": error, "attempt": held.number}
+                record["ended"] = time.time()
                 record["failure"] = failure if status == "failed" else None
                 (held.attempt / ".run.json.tmp").write_text(_json(record))
                 held.place(".run.json.tmp", "run.json")
