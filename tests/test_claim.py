@@ -81,7 +81,7 @@ def test_a_claim_that_is_renewed_on_another_machine_stands(tmp_path: Path, hosts
 
 
 def test_a_lease_that_is_over_is_taken_and_the_former_owner_publishes_nothing(
-    tmp_path: Path, hosts
+    tmp_path: Path, hosts, capsys
 ) -> None:
     first = RunWriter(tmp_path, {"by": "one"})
     first.append("steps", row(0))
@@ -90,6 +90,9 @@ def test_a_lease_that_is_over_is_taken_and_the_former_owner_publishes_nothing(
     began = time.monotonic()
     second = RunWriter(tmp_path, {"by": "two"}, keep=lambda attempt: 1)
     assert time.monotonic() - began >= claim.LEASE
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: claimed by a process on one; watching for up to 0.5 s whether it lives\n"
+    )
     for action in (
         lambda: first.append("steps", row(1)),
         lambda: first.update(metrics={"train_loss": 1.0}),

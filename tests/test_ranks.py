@@ -272,6 +272,7 @@ def test_a_rank_that_is_killed_ends_the_run_at_once(tmp_path, devices):
 def start(tmp_path):
     """Starts `gradflow.run` of keys in a process that tells of its first step; (process, ranks)."""
     processes: list[subprocess.Popen] = []
+    started: list[int] = []
 
     def call(keys: dict, **settings) -> tuple[subprocess.Popen, list[int]]:
         settings = {
@@ -296,9 +297,12 @@ def start(tmp_path):
         for line in process.stdout:
             if line == "step\n":
                 break
+        started.extend(children(process.pid))
         return process, children(process.pid)
 
     yield call
+    for pid in filter(alive, started):  # where the test failed: a stopped one would stay for ever
+        os.kill(pid, signal.SIGKILL)
     for process in processes:
         if process.poll() is None:
             process.kill()

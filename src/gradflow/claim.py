@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -103,11 +104,14 @@ class Claim:
 
     def _watch(self, found: Path, owner: dict[str, Any]) -> None:
         """Wait until the lease is over; raise Busy as soon as the owner shows that it lives."""
+        host = owner.get("host")
+        print(f"{self.path}: claimed by a process on {host}; "
+              f"watching for up to {LEASE:g} s whether it lives", file=sys.stderr)  # fmt: skip
         seen, until = _renewed(found), time.monotonic() + LEASE
         while time.monotonic() < until:
             time.sleep(min(_LOOK, LEASE / 10))
             if _renewed(found) != seen:
-                raise self._busy(f"a process on {owner.get('host')}")
+                raise self._busy(f"a process on {host}")
 
     def _busy(self, who: str) -> Busy:
         return Busy(f"{self.path}: {who} is computing this run")
