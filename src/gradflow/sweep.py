@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from gradflow.claim import lock
+from gradflow.claim import alive, lock
 from gradflow.errors import StoreError
 from gradflow.progress import guarded
 from gradflow.spec import Execution, RunSpec
@@ -352,10 +352,9 @@ class _Worker:
             self.process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """End it together with whatever processes it has started."""
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        """End it, if need be, and whatever processes it has started: they would hold its locks."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class Pool:
@@ -384,7 +383,7 @@ class Pool:
         self._say = say
         self._waiting: deque[RunSpec] = deque()
         self._elsewhere: list[RunSpec] = []
-        self._looked = 0.0
+        self._began, self._looked = time.time(), 0.0
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._stopping = False
@@ -468,22 +467,36 @@ class Pool:
         )
 
     def _look_elsewhere(self) -> None:
-        """Take back what other processes are at work on no longer, done or not."""
+        """Take back what other processes are at work on no longer, done or not.
+
+        Whether they are is the claim's to say: what run.json says may be of an attempt before.
+        """
         for spec in list(self._elsewhere):
-            run = find(self._store, spec) or _load(self._store / spec.name)
-            if run is None or run.alive:
+            path = self._store / spec.name
+            if path.is_dir() and alive(path):
                 continue
             self._elsewhere.remove(spec)
-            if run.status in (*FINISHED, "failed"):
+            run = find(self._store, spec) or _load(path)
+            if run is not None and (self._has_result(spec, run) or self._failed_meanwhile(run)):
                 self._conclude(spec, run)
             else:
                 self._waiting.append(spec)
+            if self._stopping:  # the failure of this one ends the sweep
+                return
         self._looked = time.monotonic()
         for worker in self._workers:
             if worker.job is None:
                 self._next(worker)
         for _ in range(min(len(self._waiting), len(self._free))):
             self._hire()
+
+    def _has_result(self, spec: RunSpec, run: Run) -> bool:
+        return run.status in FINISHED and find(self._store, spec) is not None
+
+    def _failed_meanwhile(self, run: Run) -> bool:
+        """Whether another sweep has tried it since this one began, and would fail again."""
+        ended = run.record.get("ended") or 0.0
+        return run.status == "failed" and ended >= self._began
 
     def _conclude(self, spec: RunSpec, run: Run) -> None:
         """Another process has ended the run: so has this sweep."""
@@ -521,7 +534,8 @@ class Pool:
     def _leave(self, worker: _Worker, stream: Any) -> None:
         if stream in worker.heard:
             worker.heard.remove(stream)
-            self._selector.unregister(stream)
+            with contextlib.suppress(KeyError):  # Ctrl-C came before it was registered
+                self._selector.unregister(stream)
 
     def _noise(self, worker: _Worker, line: str) -> None:
         worker.last_lines.append(line)
@@ -554,6 +568,7 @@ class Pool:
             mark_dead(self._store / job.name, status, error, failure=failure)
 
     def _bury(self, worker: _Worker) -> None:
+        worker.kill()
         for stream in (worker.stderr, worker.stdout):
             self._hear(worker, stream, all_of_it=True)
             self._leave(worker, stream)
