@@ -16,7 +16,9 @@ from gradflow.errors import GradflowError, StoreError
 from gradflow.store import Run, RunWriter, find
 from gradflow.worker import main
 
-RAISES, KILLED, EXITS, REFUSED, WAITS, STUBBORN, NOISY, DIVERGES, QUITS = range(900, 909)
+RAISES, KILLED, EXITS, REFUSED, WAITS, STUBBORN, NOISY, DIVERGES, QUITS, SLOW, FORKS = range(
+    900, 911
+)
 PAIR = (920, 921)
 
 
@@ -61,6 +63,15 @@ def act(seed, path):
         raise ValueError("of the user's making")
     if seed == KILLED:
         print("the last words")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if seed == SLOW:
+        time.sleep(2.5)  # some looks of the sweep at what others are at work on
+    if seed == FORKS:
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        (path / "child").write_text(str(child))
         os.kill(os.getpid(), signal.SIGKILL)
     if seed == EXITS:
         os._exit(3)

@@ -1,6 +1,9 @@
 """Claims on a run's directory: of this machine by lock, of other machines by lease."""
 
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -207,6 +210,31 @@ def test_whose_machine_is_known_to_be_dead_is_marked_at_once(tmp_path: Path, hos
     assert run.frame("steps")["step"].tolist() == [0]
     with pytest.raises(Busy):
         writer.finish("done")
+
+
+def test_marking_the_dead_watches_nobody(tmp_path: Path, hosts) -> None:
+    writer = RunWriter(tmp_path, {})
+    writer._claim._ended.set()
+    hosts("two")
+    began = time.monotonic()
+    mark_dead(tmp_path, "failed", "not known to be dead")
+    assert time.monotonic() - began < claim.LEASE / 2
+    assert Run(tmp_path).status == "running"
+
+
+def test_without_locks_a_process_that_is_gone_is_known_by_its_number(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(claim, "lock", lambda path, patience=0.0: None)
+    writer = RunWriter(tmp_path, {})
+    writer._claim._ended.set()
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    owner = json.loads((writer.attempt / claim.CLAIM).read_text()) | {"pid": process.pid}
+    (writer.attempt / claim.CLAIM).write_text(json.dumps(owner))
+    began = time.monotonic()
+    RunWriter(tmp_path, {}).finish("done")
+    assert time.monotonic() - began < claim.LEASE / 4
 
 
 def test_a_file_system_without_locks_has_the_lease_alone(tmp_path: Path, monkeypatch) -> None:

@@ -93,6 +93,14 @@ def test_a_sweep_that_was_killed(store):
     assert head.endswith("2 left; not under way: the same command goes on")
 
 
+def test_a_killed_sweep_whose_runs_others_have_done_is_not_told(store):
+    (path,) = (store / ".sweeps").iterdir()
+    about = json.loads(path.read_text())
+    about["runs"] = [member for member in about["runs"] if member["run"] == DONE.name]
+    path.with_name("killed.json").write_text(json.dumps(about))
+    assert not any("killed" in line for line in lines(store))
+
+
 def test_what_failed_before_the_sweep_is_left_where_it_is_tried_again(store):
     (path,) = (store / ".sweeps").iterdir()
     about = json.loads(path.read_text()) | {"started": time.time() + 100}

@@ -1,5 +1,6 @@
 """Runs on disk: written so that a kill leaves them readable, locked, found again, read together."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -118,6 +119,37 @@ def test_the_status_is_how_the_writer_was_left(
     found = Run(tmp_path)
     assert (found.status, found.record.get("error")) == (status, said)
     assert len(found.frame("weights")) == 3
+
+
+def interrupted_in_a_library() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        raise RuntimeError("made of it") from None
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (ValueError("no"), "raised"),
+        (FileNotFoundError(errno.ENOENT, "a file of the network's"), "raised"),
+        (OSError(errno.ENOSPC, "full"), "system"),
+        (StoreError("cannot be written"), "system"),
+        (MemoryError(), "system"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "system"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "system"),
+    ],
+)
+def test_what_ended_a_failed_run(error: BaseException, failure: str, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), RunWriter(tmp_path, {}):
+        raise error
+    assert (Run(tmp_path).status, Run(tmp_path).record["failure"]) == ("failed", failure)
+
+
+def test_an_interrupt_that_a_library_turned_into_something_else(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), RunWriter(tmp_path, {}):
+        interrupted_in_a_library()
+    assert Run(tmp_path).status == "interrupted"
 
 
 def test_a_status_given_before_the_end_stays(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from threading import Thread
 import fake_worker as fake
 import pytest
 
+from gradflow.claim import Claim, alive
 from gradflow.errors import SpecError, StoreError
 from gradflow.spec import DataSpec, NetworkSpec, RunSpec
 from gradflow.store import Run, RunWriter, mark_dead
@@ -278,6 +279,77 @@ def test_a_run_that_fails_elsewhere_has_failed(cheap, tmp_path):
 
     result = sweep([spec(0)], display=display, runs_dir=str(tmp_path))
     assert result.failures == [(spec(0), "ValueError: there")]
+
+
+def hold(directory):
+    """A claim on a run, as of a process that has not written anything yet."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return Claim(directory)
+
+
+def test_a_run_whose_owner_left_before_it_wrote_anything_is_computed(cheap, tmp_path):
+    held = hold(tmp_path / spec(0).name)
+
+    def display(event):
+        if event["event"] == "elsewhere":
+            held.release(keep=True)
+
+    assert sweep([spec(0)], display=display, runs_dir=str(tmp_path)).counts == {"done": 1}
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted"])
+def test_what_an_attempt_before_left_is_not_taken_for_the_outcome(cheap, tmp_path, status):
+    """The owner holds the run, and run.json is still of an earlier attempt."""
+    path = tmp_path / spec(0).name
+    RunWriter(path, spec(0).to_dict()).finish(status, failure="killed", error="OLD")
+    held, events = hold(path), []
+
+    def display(event):
+        events.append(event)
+        if event["event"] == "end" and event["run"] == spec(fake.SLOW).name:
+            held.release(keep=True)
+
+    specs = [spec(0, depth=8), spec(fake.SLOW)]
+    result = sweep(specs, display=display, runs_dir=str(tmp_path), jobs=1)
+    assert result.counts == {"done": 2}
+    assert names(events, "elsewhere") == [spec(0).name]
+
+
+def test_fail_fast_with_failures_elsewhere(cheap, tmp_path):
+    specs = [spec(seed) for seed in range(4)]
+    writers = [RunWriter(tmp_path / s.name, s.to_dict()) for s in specs]
+    said = []
+
+    def display(event):
+        said.append(event["event"])
+        if said.count("elsewhere") == len(specs):
+            while writers:
+                writers.pop().finish("failed", error="ValueError: there", failure="raised")
+
+    result = sweep(specs, display=display, runs_dir=str(tmp_path), jobs=2, fail_fast=True)
+    assert result.counts == {"failed": 1, "left": 3}
+
+
+def test_what_failed_in_another_sweep_meanwhile_is_not_tried_again(cheap, tmp_path):
+    first, second = spec(0, depth=56), spec(1)
+    events = []
+
+    def display(event):
+        events.append(event)
+        if event["event"] == "start" and event["run"] == first.name:
+            writer = RunWriter(tmp_path / second.name, second.to_dict())
+            writer.finish("failed", failure="raised", error="ValueError: there")
+
+    result = sweep([first, second], display=display, runs_dir=str(tmp_path), jobs=1)
+    assert names(events, "start") == [first.name]
+    assert result.failures == [(second, "ValueError: there")]
+
+
+def test_the_children_of_a_killed_worker_hold_no_run(cheap, tmp_path):
+    result = sweep([spec(fake.FORKS)], runs_dir=str(tmp_path), jobs=1)
+    assert result.runs[0].record["failure"] == "killed"
+    eventually(lambda: gone(int((result.runs[0].path / "child").read_text())))
+    assert not alive(result.runs[0].path)
 
 
 def test_two_sweeps_side_by_side_share_the_work(cheap, tmp_path):

@@ -49,6 +49,7 @@ class Claim:
         path: the run's directory, which exists.
         after: the number of the last attempt that has ended.
         force: take the attempt over from another machine at once: its owner is known to be dead.
+        watch: wait whether another machine's lease ends; else that is Busy at once.
 
     Attributes:
         attempt: the directory to write into.
@@ -59,11 +60,11 @@ class Claim:
         OSError: the directory cannot be read or written.
     """
 
-    def __init__(self, path: Path, after: int = 0, *, force: bool = False):
+    def __init__(self, path: Path, after: int = 0, *, force: bool = False, watch: bool = True):
         self.path = path
         self._lock = lock(path, patience=0.5)
         try:
-            self.attempt = self._take(after, force)
+            self.attempt = self._take(after, force, watch)
             self.number = _number(self.attempt)
             self._write(json.dumps({**_here(), "pid": os.getpid()}))
         except BaseException:
@@ -72,7 +73,7 @@ class Claim:
         self._ended = threading.Event()
         threading.Thread(target=self._renew, daemon=True).start()
 
-    def _take(self, after: int, force: bool) -> Path:
+    def _take(self, after: int, force: bool, watch: bool) -> Path:
         found = latest(self.path)
         if found is None:
             mine = self.path / f"attempt-{after + 1}"
@@ -82,7 +83,9 @@ class Claim:
                 raise self._busy("another process") from None
         else:
             owner = _read(found)
-            if owner and not force and not (self._lock is not None and _is_here(owner)):
+            if owner and not force and not self._is_dead(owner):
+                if not watch:
+                    raise self._busy(f"a process on {owner.get('host')}")
                 self._watch(found, owner)
             mine = found.with_name(f"attempt-{_number(found) + 1}")
             try:
@@ -92,6 +95,10 @@ class Claim:
         if latest(self.path) != mine:
             raise self._busy("another process")
         return mine
+
+    def _is_dead(self, owner: dict[str, Any]) -> bool:
+        """Whether the owner was of this machine and is gone: it would hold the lock, if any."""
+        return _is_here(owner) and (self._lock is not None or not _exists(owner.get("pid")))
 
     def _write(self, text: str) -> None:
         """Whole or not at all: what has no claim is free."""
@@ -213,6 +220,18 @@ def _here() -> dict[str, str]:
 
 def _is_here(owner: dict[str, Any]) -> bool:
     return {name: owner.get(name) for name in ("host", "boot")} == _here()
+
+
+def _exists(pid: Any) -> bool:
+    if not isinstance(pid, int):
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _read(attempt: Path) -> dict[str, Any]:

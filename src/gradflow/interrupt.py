@@ -18,3 +18,14 @@ class Interrupt:
         if not self._seen:
             self._seen = True
             raise KeyboardInterrupt
+
+
+def of_interrupt(error: BaseException | None) -> bool:
+    """Whether an exception is a KeyboardInterrupt, or what some library has made of one."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False

@@ -42,8 +42,8 @@ def run(spec: RunSpec, *, emit: Emit | None = None, **settings: Any) -> Run:
 
     Args:
         spec: what to run.
-        emit: is told what happens, one dict of plain JSON data at a time: `begin`, `step`,
-            `evaluation`, `end`.
+        emit: is told what happens, one dict of plain JSON data at a time: `claimed`,
+            `begin`, `step`, `evaluation`, `end`.
         settings: fields of `Execution`: runs_dir, device, devices, nodes, threads, logger.
 
     Returns:
@@ -98,6 +98,7 @@ def _run(store: Path, spec: RunSpec, execution: Execution, tell: Emit) -> tuple[
         found = find(store, spec)
         if found is not None and _is_on(found, data):
             raise _DoneMeanwhile(found)
+        tell({"event": "claimed", "run": spec.name})
         state.update(_read_checkpoint(attempt, spec, data) or {})
         return int(state.get("part", 0))
 

@@ -64,13 +64,20 @@ def text(runs: Runs, stores: Iterable[str | Path]) -> str:
     """A block of lines for each sweep, and one for runs begun outside of any; may be empty."""
     there = {run.path.name: run for run in runs}
     found = list(sweeps(stores))
-    blocks = [_sweep_text(sweep, there) for sweep in found]
+    told = [sweep for sweep in found if sweep.alive or _is_open(sweep, there)]
+    blocks = [_sweep_text(sweep, there) for sweep in told]
     named = {member["run"] for sweep in found for member in sweep.members}
     others = [run for run in runs if run.path.name not in named and run.status == "running"]
     lines = [_run_line(run, None) for run in others]
     if lines:
         blocks.append("\n".join(["outside of these:" if found else "under way:", *lines]))
     return "\n\n".join(blocks)
+
+
+def _is_open(sweep: Sweep, there: dict[str, Run]) -> bool:
+    """Whether a sweep has left anything to do that no other one has done since."""
+    runs = [there.get(member["run"]) for member in sweep.members]
+    return any(run is None or run.status not in FINISHED for run in runs)
 
 
 def _sweep_text(sweep: Sweep, there: dict[str, Run]) -> str:

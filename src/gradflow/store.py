@@ -18,6 +18,7 @@ that a kill at any moment leaves a readable run.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -36,7 +37,8 @@ import pyarrow.compute as pc
 
 from gradflow import claim, schema
 from gradflow.claim import Claim
-from gradflow.errors import Busy, StoreError
+from gradflow.errors import Busy, GradflowError, StoreError
+from gradflow.interrupt import of_interrupt
 from gradflow.spec import RunSpec, flatten
 
 STATUSES = ("running", "done", "diverged", "interrupted", "failed")
@@ -56,6 +58,8 @@ CORE_FIELDS = ("network", "depth", "skip", "seed", "data", "lr")
 """Fields that every table of `Runs` carries, beside those in which its runs differ."""
 
 _UNDECIDED = ("running", "interrupted")  # statuses that whoever watched the process may correct
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE,
+             errno.ENFILE)  # fmt: skip
 _LOOKS = 5  # at files that may be merged, and be gone, before they are read
 _SETTLE = 64  # parts of a user's own record between two merges
 _KEPT = ("started", "environment", "resumed")  # of run.json, where an attempt is gone on with
@@ -244,11 +248,10 @@ class RunWriter:
             self.finish("done")
         elif issubclass(kind, Busy):
             self._claim.release(keep=True)
-        elif issubclass(kind, KeyboardInterrupt | SystemExit):
+        elif issubclass(kind, SystemExit) or of_interrupt(error):
             self.finish("interrupted")
         else:
-            failure = "system" if issubclass(kind, OSError) else "raised"
-            self.finish("failed", failure=failure, error=f"{kind.__name__}: {error}")
+            self.finish("failed", failure=_failure(error), error=f"{kind.__name__}: {error}")
 
     def append(self, name: str, data: pa.Table) -> None:
         """Add rows to a table, in a file of their own that is readable at once."""
@@ -343,6 +346,15 @@ class RunWriter:
     def seconds(self) -> float:
         """Time spent on the run so far, without what was lost or paused between attempts."""
         return self.spent + time.monotonic() - self._opened
+
+
+def _failure(error: BaseException | None) -> str:
+    """Which of FAILURES an exception is: the run's own doing, unless the system refused it room."""
+    ours = isinstance(error, GradflowError) and isinstance(error, OSError)
+    refused = isinstance(error, OSError) and error.errno in _REFUSALS
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    memory = memory or "can't allocate memory" in str(error)  # torch's own on a CPU
+    return "system" if ours or refused or memory else "raised"
 
 
 def _attempts(path: Path) -> int:
@@ -551,7 +563,7 @@ def mark_dead(
         return
     with _writing(path):
         try:
-            held = Claim(path, after=_attempts(path), force=certain)
+            held = Claim(path, after=_attempts(path), force=certain, watch=False)
         except Busy:
             return
         try:

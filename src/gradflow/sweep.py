@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from gradflow.claim import alive, lock
+from gradflow.claim import LEASE, alive, lock
 from gradflow.errors import StoreError
 from gradflow.progress import guarded
 from gradflow.spec import Execution, RunSpec
@@ -161,9 +161,13 @@ def plan(store: Path, specs: Iterable[RunSpec], *, retry_failed: bool = False) -
 def _lasting_failure(path: Path) -> str | None:
     """The error of a run that failed and would again; None of any other."""
     run = _load(path)
-    if run is None or run.status != "failed" or run.record.get("failure") not in LASTING:
+    if run is None or not _would_again(run):
         return None
     return f"{run.record.get('error')}\nfailed before; retry_failed=true tries it again"
+
+
+def _would_again(run: Run) -> bool:
+    return run.status == "failed" and run.record.get("failure") in LASTING
 
 
 @contextlib.contextmanager
@@ -310,7 +314,7 @@ class _Worker:
         self.device = device
         self.job: RunSpec | None = None
         self.begun = 0.0
-        self.overdue = False
+        self.claimed = self.overdue = False
         self.deadline: float | None = None
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         stdin, stdout, stderr = self.process.stdin, self.process.stdout, self.process.stderr
@@ -324,7 +328,7 @@ class _Worker:
             os.set_blocking(stream.fileno(), False)
 
     def begin(self, job: RunSpec, settings: dict[str, Any]) -> None:
-        self.job, self.begun = job, time.monotonic()
+        self.job, self.begun, self.claimed = job, time.monotonic(), False
         self.last_lines.clear()
         settings = {**settings, "device": self.device}
         line = json.dumps({"spec": job.to_dict(), "settings": settings}) + "\n"
@@ -415,15 +419,20 @@ class Pool:
         worker.job = None
         if worker.process.returncode is not None or worker.deadline is not None:
             return
-        if self._waiting:
+        while self._waiting:
             job = self._waiting.popleft()
+            run = _load(self._store / job.name)
+            if run is not None and self._failed_meanwhile(run) and _would_again(run):
+                self._conclude(job, run)
+                continue
             self._say({"event": "start", "run": job.name})
             worker.begin(job, self._settings)
-        elif not self._elsewhere:
+            return
+        if not self._elsewhere and worker.deadline is None:
             worker.dismiss()
 
     def _stop(self) -> None:
-        """Interrupt the runs at work and wait for them; a second Ctrl-C kills them."""
+        """Interrupt the runs at work and wait for them; a second KeyboardInterrupt kills."""
         try:
             self._give_up()
             while self._workers:
@@ -461,10 +470,12 @@ class Pool:
             self._look_elsewhere()
 
     def _hangs(self, worker: _Worker) -> bool:
+        """Its time counts from when the run is its own: it may first watch another's lease."""
         limit = self._execution.timeout
-        return (
-            limit is not None and worker.job is not None and time.monotonic() - worker.begun > limit
-        )
+        if limit is None or worker.job is None:
+            return False
+        patience = 0.0 if worker.claimed else LEASE
+        return time.monotonic() - worker.begun > limit + patience
 
     def _look_elsewhere(self) -> None:
         """Take back what other processes are at work on no longer, done or not.
@@ -476,8 +487,10 @@ class Pool:
             if path.is_dir() and alive(path):
                 continue
             self._elsewhere.remove(spec)
-            run = find(self._store, spec) or _load(path)
-            if run is not None and (self._has_result(spec, run) or self._failed_meanwhile(run)):
+            done, run = find(self._store, spec), _load(path)
+            if done is not None:
+                self._conclude(spec, done)
+            elif run is not None and self._failed_meanwhile(run):
                 self._conclude(spec, run)
             else:
                 self._waiting.append(spec)
@@ -490,11 +503,8 @@ class Pool:
         for _ in range(min(len(self._waiting), len(self._free))):
             self._hire()
 
-    def _has_result(self, spec: RunSpec, run: Run) -> bool:
-        return run.status in FINISHED and find(self._store, spec) is not None
-
     def _failed_meanwhile(self, run: Run) -> bool:
-        """Whether another sweep has tried it since this one began, and would fail again."""
+        """Whether another process has tried it since this sweep began."""
         ended = run.record.get("ended") or 0.0
         return run.status == "failed" and ended >= self._began
 
@@ -529,6 +539,8 @@ class Pool:
             elif event["event"] == "elsewhere":
                 self._put_aside(worker, event)
             else:
+                if not worker.claimed:
+                    worker.begun, worker.claimed = time.monotonic(), True
                 self._say(event)
 
     def _leave(self, worker: _Worker, stream: Any) -> None:
@@ -568,7 +580,8 @@ class Pool:
             mark_dead(self._store / job.name, status, error, failure=failure)
 
     def _bury(self, worker: _Worker) -> None:
-        worker.kill()
+        if worker.process.returncode:
+            worker.kill()  # its children alone are left
         for stream in (worker.stderr, worker.stdout):
             self._hear(worker, stream, all_of_it=True)
             self._leave(worker, stream)

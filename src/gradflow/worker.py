@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from gradflow.errors import Busy, GradflowError
-from gradflow.interrupt import Interrupt
+from gradflow.interrupt import Interrupt, of_interrupt
 from gradflow.spec import RunSpec
 from gradflow.store import encode
 
@@ -99,6 +99,9 @@ def _compute(job: dict[str, Any], say: Say) -> None:
     except Busy as error:
         say({"event": "elsewhere", "run": spec.name, "error": str(error)})
     except BaseException as error:  # a SystemExit in a user's network ends its run, not the worker
+        if of_interrupt(error):
+            say(end | {"status": "interrupted"})
+            raise KeyboardInterrupt from error
         say(end | {"error": _last_lines(error)})
     else:
         record = {"status": done.status, "path": str(done.path), "metrics": done.metrics}
