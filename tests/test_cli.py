@@ -109,7 +109,14 @@ def test_divergence_is_a_result(main, tmp_path):
 def test_help_explains_every_key():
     shown = text()
     for name in config.known_keys():
-        if name not in ("network.name", "data.name", "record.name", "record.every", "slurm"):
+        if name not in (
+            "network.name",
+            "data.name",
+            "record.name",
+            "probe.name",
+            "record.every",
+            "slurm",
+        ):
             assert f"\n  {name} " in shown, name
     assert max(map(len, shown.splitlines())) <= 100
 
@@ -148,7 +155,7 @@ BAD = [
     ("width=-3", "width=-3: allowed is a whole number from 1"),
     ("skip=foo", "skip=foo: allowed is none, identity"),
     ("network=foo", "network=foo: allowed is cifar, imagenet, mlp"),
-    ("data=foo", "data=foo: allowed is digits, files, synthetic"),
+    ("data=foo", "data=foo: allowed is digits, files, gaussian, synthetic"),
     ("batch_size=5000", "data=digits has 1437 training images"),
     ("data=files data.root=/no/such/place", "data.root=/no/such/place: no such directory"),
     ("runs_dir=/dev/null/runs", "runs_dir=/dev/null/runs: cannot be written"),

@@ -214,7 +214,7 @@ def test_bad_values_name_key_value_and_what_is_allowed():
     bad(r"batch_size=2000: data=digits has 1437 training images", batch_size=2000)
     bad(r"batch_size=800 × accumulate=2: data=digits has 1437", batch_size=800, accumulate=2)
     bad(r"network.name=lenet: allowed is cifar, imagenet, mlp", network="lenet")
-    bad(r"data.name=cifar10: allowed is digits, synthetic, files", data="cifar10")
+    bad(r"data.name=cifar10: allowed is digits, synthetic, gaussian, files", data="cifar10")
     bad(r"network.target=os: allowed is an import path", network={"target": "os"})
     bad(r"network.args", network={"args": {"a": 1}})
     bad(r"network=custom: name the callable", network="custom")

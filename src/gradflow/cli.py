@@ -79,7 +79,9 @@ def _configure(arguments: list[str]) -> list[tuple[RunSpec, Execution]]:
     try:
         with tempfile.TemporaryDirectory(prefix="gradflow-") as scratch:
             # Hydra leaves a multirun.yaml in the sweep's directory; the store is our only output.
-            sys.argv = [kept[0], *arguments, f"hydra.sweep.dir={scratch}"]
+            # A probe is a name without presets: no group of configuration files stands behind it.
+            given = [re.sub("^probe=", "probe.name=", argument) for argument in arguments]
+            sys.argv = [kept[0], *given, f"hydra.sweep.dir={scratch}"]
             task()
         return [config.specs_from(item) for item in composed]
     except (HydraException, OmegaConfBaseException) as error:

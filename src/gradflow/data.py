@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,10 @@ class Data:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
+    def inputs(self, network: str) -> int:
+        """What a network of that name counts as its inputs: an mlp values, others channels."""
+        return math.prod(self.shape) if network == "mlp" else self.shape[0]
+
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Data:
         """The same data on a device, images in the given number format."""
         return replace(self, train=self.train.to(device, dtype), test=self.test.to(device, dtype))
@@ -73,7 +78,12 @@ def load_data(spec: DataSpec) -> Data:
     Raises:
         GradflowError: files that are missing or do not hold images and labels.
     """
-    make = {"digits": _digits, "synthetic": _synthetic, "files": _files}[spec.name]
+    make = {
+        "digits": _digits,
+        "synthetic": _synthetic,
+        "gaussian": _gaussian,
+        "files": _files,
+    }[spec.name]
     (train_x, train_y), (test_x, test_y) = make(spec)
     mean, deviation = train_x.mean(), train_x.std()
     scale = deviation if deviation > 0 else 1.0
@@ -135,6 +145,21 @@ def _synthetic(spec: DataSpec) -> tuple[_Arrays, _Arrays]:
         return images, labels
 
     return draw(train), draw(test)
+
+
+def _gaussian(spec: DataSpec) -> tuple[_Arrays, _Arrays]:
+    """Independent standard normal pixels and random labels of ten classes.
+
+    What mean-field theory assumes of inputs: any two are orthogonal but for 1/√(values an image).
+    """
+    channels, size = spec.channels or 0, spec.size or 0
+    random = np.random.default_rng(derived_seed("gaussian", spec.seed or 0))
+
+    def draw(count: int) -> _Arrays:
+        images = random.standard_normal((count, channels, size, size))
+        return images, random.integers(0, 10, count)
+
+    return draw(spec.train or 0), draw(spec.test or 0)
 
 
 def _files(spec: DataSpec) -> tuple[_Arrays, _Arrays]:

@@ -10,10 +10,12 @@ from gradflow.spec import (
     DATA_KEYS,
     EPOCHS,
     NETWORK_KEYS,
+    PROBE_KEYS,
     DataSpec,
     EverySpec,
     Execution,
     NetworkSpec,
+    ProbeSpec,
     RecordSpec,
     RunSpec,
     SlurmSpec,
@@ -38,6 +40,7 @@ _TITLES = {
     "data": "Data",
     "optimizer": "Training",
     "record": "Recording",
+    "probe": "Probes (measured at initialisation, unless epochs or max_steps is set)",
 }
 
 
@@ -58,6 +61,8 @@ def text() -> str:
         elif item.name == "record":
             lines += _part("record", RecordSpec, RunSpec)
             lines += [_line(f"record.every.{rate.name}", rate) for rate in fields(EverySpec)]
+        elif item.name == "probe":
+            lines += _part("probe", ProbeSpec, RunSpec)
         else:
             lines.append(_line(item.name, item))
     lines += ["", "Execution (no part of a run's identity):"]
@@ -88,8 +93,9 @@ def _default(label: str, item: Any) -> str:
     name = label.rpartition(".")[2]
     if label in _LATE:
         return _LATE[label]
-    if label.startswith("data."):
-        return next((str(keys[name]) for keys in DATA_KEYS.values() if keys.get(name)), "")
+    for part, every in {"data.": DATA_KEYS, "probe.": PROBE_KEYS}.items():
+        if label.startswith(part):
+            return next((str(keys[name]) for keys in every.values() if keys.get(name)), "")
     if name in NETWORK_KEYS["cifar"] or name in NETWORK_KEYS["mlp"]:
         values = {
             network: keys[name]

@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import ListedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -31,6 +31,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from gradflow import tables
 from gradflow.errors import GradflowError
+from gradflow.findings import (
+    CONTRADICTED,
+    INCONCLUSIVE,
+    NOT_RUN,
+    REPRODUCED,
+    Result,
+    Verdict,
+    measured_words,
+    region_words,
+)
 
 WIDTH = 7.2
 """Inches: the width of every figure."""
@@ -69,6 +79,7 @@ _OTHER_STYLES: list[tuple[str, Any, str]] = [
     ("#8A8A00", (0, (8, 2)), "<"),
     ("#777777", (0, (2, 2, 6, 2)), ">"),
 ]
+_DASHES = (0, (4, 2))
 _ZERO, _NON_FINITE, _MISSING = "white", "#CC3311", "0.8"
 _LABELS = {
     "weight_grad_norm": "L2 norm of the weight gradient (loss / parameter)",
@@ -83,6 +94,11 @@ def _styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
     found = {name: _STYLES[name] for name in arms if name in _STYLES}
     others = sorted(set(arms) - set(found))
     return found | {n: _OTHER_STYLES[i % len(_OTHER_STYLES)] for i, n in enumerate(others)}
+
+
+def style(arm: str) -> tuple[str, Any, str]:
+    """Colour, line style and marker of an arm, the same in all figures."""
+    return _styles([arm])[arm]
 
 
 def _grid(panels: int, columns: int = 3, height: float = 2.7) -> tuple[Figure, list[Axes]]:
@@ -123,12 +139,12 @@ def _matrix(
     return figure, lines
 
 
-def _legend(figure: Figure, handles: Sequence[Any], title: str = "") -> None:
+def _legend(figure: Figure, handles: Sequence[Any], title: str = "", *, columns: int = 5) -> None:
     title = "\n".join(textwrap.wrap(title, int(11 * figure.get_figwidth())))
     if not handles:
         figure.suptitle(title)
         return
-    columns = min(len(handles), 5)
+    columns = min(len(handles), columns)
     legend = figure.legend(
         handles=handles, loc="outside upper center", ncols=columns, title=title or None
     )
@@ -580,6 +596,364 @@ def blocks(frame: pd.DataFrame, *, title: str = "") -> Figure:
     terms = [_line_handle(name, style) for name, style in _TERMS.items()]
     _legend(figure, [*terms, *_edge_handles(drawn)], heading)
     return figure
+
+
+# --- against theory -------------------------------------------------------------------------------
+
+_FLAT = 0.05
+"""Theory that changes by less than this share over all places has no relative gap of slopes."""
+
+
+@themed
+def overlay(
+    frame: pd.DataFrame, *, x: str = "", y: str = "", log: bool = True, title: str = ""
+) -> Figure:
+    """Predicted profiles over measured ones, and the gap of their slopes in the legend.
+
+    Of each curve: thin lines are seeds, points their mean (of the logarithm on a log axis), the
+    dashed line theory. A profile of one's own, a squared gradient norm `g` of each layer, beside
+    its recursion:
+
+        frame = pd.DataFrame({"x": range(1, 41), "value": g, "theory": predicted})
+        plots.overlay(frame, x="layer", y="squared norm of the gradient")
+
+    Args:
+        frame: x and value; where there are more than one, curve (a name) and seed; theory, NaN or
+            null where there is none; scaled, true where theory gives a shape alone: it is then
+            multiplied to meet the mean at the last place where both are known.
+        x, y: labels of the axes, with units.
+        log: logarithmic y, and slopes of ln y instead of y.
+
+    Raises:
+        GradflowError: the frame has no rows.
+    """
+    data = _curves_of(frame, log)
+    if not len(data):
+        raise GradflowError("overlay: nothing measured to draw")
+    names = list(dict.fromkeys(data["curve"]))
+    figure = Figure(figsize=(WIDTH, 3.6 + 0.13 * len(names)))
+    figure.set_layout_engine("constrained")
+    ax = figure.subplots()
+    styles = _overlay_styles(names)
+    if log:
+        _log_limits([ax], data[["value", "theory"]].to_numpy())
+    drawn: set[str] = set()
+    for name in names:
+        drawn |= _overlay_curve(ax, data[data["curve"] == name], styles[name], log=log)
+    ax.set_xlabel(x)
+    ax.set_ylabel("\n".join(textwrap.wrap(y, 40)))
+    if (data["x"] == data["x"].round()).all():
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    told = slopes(data, log=log).set_index("curve")["text"]
+    labels = {name: ": ".join(filter(None, [name, told.get(name, "")])) for name in names}
+    handles = [
+        Line2D([], [], color=styles[name][0], linestyle="", marker=styles[name][2], markersize=4,
+               label=label)
+        for name, label in labels.items()
+        if label
+    ]  # fmt: skip
+    several = bool(data.groupby("curve")["seed"].nunique().max() > 1)
+    key = _overlay_key(several, bool(data["theory"].notna().any())) + _edge_handles(drawn)
+    _legend(figure, handles, title, columns=2 if max(map(len, labels.values())) <= 50 else 1)
+    figure.legend(handles=key, loc="outside lower center", ncols=len(key), fontsize=8)
+    return figure
+
+
+def slopes(frame: pd.DataFrame, *, log: bool = True) -> pd.DataFrame:
+    """Slopes of measured and predicted profiles by least squares, means over seeds, and their gap.
+
+    Args:
+        frame, log: as `overlay` takes them.
+
+    Returns:
+        A row a curve that has a theory: curve, measured and theory (of ln y per unit of x, or of
+        y), gap (measured/theory − 1, above zero where the measured profile is the steeper one; NaN
+        where theory is flat: it changes by less than 5 % over all places) and `text`. Places are
+        left out at which either is zero, not finite or unknown.
+    """
+    rows = []
+    for name, part in _curves_of(frame, log).groupby("curve", sort=False):
+        fits = [_fits(run, log) for _, run in part.groupby("seed")]
+        known = [fit for fit in fits if fit is not None]
+        if not known:
+            continue
+        measured, theory, change = np.mean(known, axis=0)
+        flat = change < _FLAT
+        gap = math.nan if flat else measured / theory - 1
+        words = _number(measured - theory, "+.2g") if flat else _number(100 * gap, "+.1f") + " %"
+        text = f"slope {_number(measured)}, theory {_number(theory)}, gap {words}"
+        rows.append({"curve": name, "measured": measured, "theory": theory, "gap": gap,
+                     "text": text})  # fmt: skip
+    return pd.DataFrame(rows, columns=["curve", "measured", "theory", "gap", "text"])
+
+
+def _number(value: float, style: str = ".3g") -> str:
+    """Noise of the arithmetic is no slope."""
+    return f"{0.0 if abs(value) < 1e-12 else value:{style}}".replace("-", "−")
+
+
+def _fits(run: pd.DataFrame, log: bool) -> tuple[float, float, float] | None:
+    """Slopes of one seed, and by which share its theory changes over all places."""
+    both = run[["value", "theory"]].to_numpy()
+    both = _drawable(both) if log else np.where(np.isfinite(both), both, np.nan)
+    known = ~np.isnan(both).any(axis=1)
+    places = run["x"].to_numpy()[known]
+    if len(np.unique(places)) < 2:
+        return None
+    values = np.log(both[known]) if log else both[known]
+    measured, theory = np.polyfit(places, values, 1)[0]
+    size = 1.0 if log else float(np.abs(values[:, 1]).mean()) or 1.0
+    return measured, theory, abs(theory) * np.ptp(places) / size
+
+
+def _curves_of(frame: pd.DataFrame, log: bool) -> pd.DataFrame:
+    """The frame of `overlay` with all its columns, numbers as float64, theory moved into place."""
+    missing: dict[str, Any] = {"curve": "", "seed": 0, "theory": math.nan, "scaled": False}
+    data = frame.assign(**{n: v for n, v in missing.items() if n not in frame})
+    numbers = {c: data[c].to_numpy(dtype=float, na_value=np.nan) for c in ("x", "value", "theory")}
+    data = data[["curve", "seed", "scaled"]].assign(**numbers).reset_index(drop=True)
+    for _, part in data[data["scaled"].astype(bool)].groupby("curve"):
+        data.loc[part.index, "theory"] *= _factor(part, log)
+    return data.assign(scaled=False)
+
+
+def _factor(part: pd.DataFrame, log: bool) -> float:
+    """By what a curve's theory is multiplied to meet the mean over seeds at the last place."""
+    both = part[["value", "theory"]].to_numpy()
+    both = _drawable(both) if log else np.where(np.isfinite(both), both, np.nan)
+    known = part[~np.isnan(both).any(axis=1)]
+    last = known[known["x"] == known["x"].max()]
+    if last.empty:
+        return math.nan
+    if log:
+        return float(np.exp(np.log(last["value"] / last["theory"]).mean()))
+    return float(last["value"].mean() / last["theory"].mean())
+
+
+def _overlay_styles(names: Sequence[str]) -> dict[str, tuple[str, Any, str]]:
+    """Arms keep their colour; other curves take those that are left, in their order."""
+    palette = [_STYLES[arm] for arm in ("residual", "plain", "forward only", "backward only")]
+    known = {name: _STYLES[name] for name in names if name in _STYLES and name}
+    rest = [style for style in (*palette, *_OTHER_STYLES) if style not in known.values()]
+    others = [name for name in names if name not in known]
+    return known | {name: rest[i % len(rest)] for i, name in enumerate(others)}
+
+
+def _overlay_curve(
+    ax: Axes, part: pd.DataFrame, style: tuple[str, Any, str], *, log: bool
+) -> set[str]:
+    color, _, marker = style
+    pale = tuple(0.4 * np.array(to_rgb(color)) + 0.6)
+    drawn: set[str] = set()
+    for _, run in part.groupby("seed", sort=False):
+        values = run["value"].to_numpy()
+        shown = _drawable(values) if log else np.where(np.isfinite(values), values, np.nan)
+        ax.plot(run["x"], shown, color=pale, linewidth=0.7, zorder=2)
+        drawn |= _edge_marks(ax, run["x"], values, color, zeros=log)
+    means, theory = _over_seeds(part, "value", log), _over_seeds(part, "theory", log)
+    joined = theory.isna().all() and len(part) == len(means) * part["seed"].nunique()
+    ax.plot(
+        means.index, means, color=color, marker=marker, markersize=3, mew=0, zorder=3,
+        markevery=max(1, math.ceil(len(means) / 40)), linestyle="-" if joined else "",
+    )  # fmt: skip
+    ax.plot(theory.index, theory, color=color, linestyle=_DASHES, linewidth=1.3, zorder=4)
+    return drawn
+
+
+def _over_seeds(part: pd.DataFrame, column: str, log: bool) -> pd.Series:
+    """Mean over seeds at each x, of the logarithm where `log`; NaN where one cannot be drawn."""
+    values = part[column].to_numpy()
+    values = np.log(_drawable(values)) if log else np.where(np.isfinite(values), values, np.nan)
+    means = part.assign(shown=values).groupby("x")["shown"].agg(lambda s: s.mean(skipna=False))
+    return means.map(np.exp) if log else means
+
+
+def _overlay_key(several: bool, predicted: bool) -> list[Line2D]:
+    mean = Line2D([], [], color="0.3", linestyle="", marker="o", markersize=3.5, label="measured")
+    found = [mean]
+    if several:
+        mean.set_label("mean over seeds")
+        found.append(Line2D([], [], color="0.7", linewidth=0.7, label="each seed"))
+    if predicted:
+        found.append(Line2D([], [], color="0.3", linestyle=_DASHES, linewidth=1.3, label="theory"))
+    return found
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+_WORDS = {
+    REPRODUCED: ("#00517F", "o"),
+    CONTRADICTED: ("#B3400A", "X"),
+    INCONCLUSIVE: ("#8A1F6A", "D"),
+    NOT_RUN: ("#555555", ""),
+}
+_REGION = "#CFE0EA"
+_SHARED = 8
+"""Comparisons share an axis if that is no more than so many times as wide as each of them needs."""
+
+
+@themed
+def effects(verdict: Verdict) -> Figure:
+    """The comparisons of a finding: seeds, mean and interval, declared region, theory and verdict.
+
+    A row a comparison; those of one unit share an axis where each is still readable on it. An axis
+    is logarithmic where the interval is of the number's logarithm and the axis spans more than a
+    factor of three. Identities that hold exactly are told in words.
+
+    Raises:
+        GradflowError: no comparison has been measured.
+    """
+    if not any(result.values for result in verdict.results):
+        raise GradflowError(f"{verdict.finding.id}: nothing measured to draw")
+    panels = _panels(verdict.results)
+    rows = [0.37 * len(panel) for panel in panels]
+    axes = sum(0.1 if panel[0].comparison.region.exact else 0.38 for panel in panels)
+    figure = Figure(figsize=(WIDTH, 0.45 + sum(rows) + axes))
+    figure.set_layout_engine("constrained", h_pad=0.02, hspace=0.02)
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=rows)[:, 0]
+    drawn: set[str] = set()
+    for index, (ax, panel) in enumerate(zip(grid, panels, strict=True)):
+        drawn |= _effects_panel(ax, panel)
+        unit = panel[0].comparison.unit
+        if index + 1 == len(panels) or panels[index + 1][0].comparison.unit != unit:
+            ax.set_xlabel(unit, labelpad=1)
+    _legend(figure, _effects_handles(drawn))
+    return figure
+
+
+def _panels(results: Sequence[Result]) -> list[list[Result]]:
+    """Comparisons by unit and scale, and so that none becomes too narrow on the axis they share."""
+    panels: list[tuple[tuple[Any, ...], list[Result]]] = []
+    for result in results:
+        asked = result.comparison
+        key = (asked.region.exact, *(() if asked.region.exact else (asked.unit, asked.ratio)))
+        for other, members in panels:
+            if key == other and (asked.region.exact or _fit([*members, result])):
+                members.append(result)
+                break
+        else:
+            panels.append((key, [result]))
+    return [members for _, members in panels]
+
+
+def _fit(results: Sequence[Result]) -> bool:
+    ends = np.array([_extent(result) for result in results])
+    if results[0].comparison.ratio:
+        ends = np.log(ends)
+    widths = ends[:, 1] - ends[:, 0]
+    return bool(np.ptp(ends) <= _SHARED * widths.min())
+
+
+def _extent(result: Result) -> tuple[float, float]:
+    """What a row must show: its numbers, interval, region and theory."""
+    region = result.comparison.region
+    theory = math.nan if region.theory is None else region.theory
+    ends = [region.low, region.high, theory, result.low, result.mean, result.high]
+    known = np.array([value for value in (*ends, *result.values) if math.isfinite(value)])
+    known = known[known > 0] if result.comparison.ratio else known
+    if not known.size:
+        return (0.5, 2.0)
+    low, high = float(known.min()), float(known.max())
+    room = 0.05 * abs(high) or 0.5
+    return (low, high) if high - low > 1e-9 * abs(high) else (low - room, high + room)
+
+
+def _effects_panel(ax: Axes, panel: Sequence[Result]) -> set[str]:
+    ax.set_ylim(len(panel) - 0.5, -0.5)
+    names = ["\n".join(textwrap.wrap(result.comparison.name, 30)) for result in panel]
+    ax.set_yticks(range(len(panel)), names, fontsize=8)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y", visible=False)
+    ax.spines["left"].set_visible(False)
+    for row, result in enumerate(panel):
+        _row_words(ax, row, result)
+    if panel[0].comparison.region.exact:
+        ax.xaxis.set_visible(False)
+        ax.spines["bottom"].set_visible(False)
+        return set()
+    _effects_axis(ax, panel)
+    return set().union(*(_effects_row(ax, row, result) for row, result in enumerate(panel)))
+
+
+def _effects_axis(ax: Axes, panel: Sequence[Result]) -> None:
+    ends = np.array([_extent(result) for result in panel])
+    low, high = float(ends.min()), float(ends.max())
+    ratio = panel[0].comparison.ratio
+    if not ratio or high / low <= 3:
+        room = 0.06 * (high - low)
+        ax.set_xlim(low - room, high + room)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        return
+    room = (high / low) ** 0.06
+    ax.set_xscale("log")
+    ax.set_xlim(low / room, high * room)
+    wide = high / low > 100
+    ax.xaxis.set_major_locator(LogLocator(numticks=7) if wide else LogLocator(subs=(1, 2, 5)))
+    form = _power if wide else lambda value, _: _tick(value)
+    ax.xaxis.set_major_formatter(FuncFormatter(form))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _tick(value: float) -> str:
+    return f"{value:.6g}" if 1e-4 <= abs(value) < 1e5 or not value else tables.short(value)
+
+
+def _effects_row(ax: Axes, row: int, result: Result) -> set[str]:
+    """One comparison; the parts of it that the legend explains."""
+    region, (color, marker) = result.comparison.region, _WORDS[result.word]
+    low, high = ax.get_xlim()
+    ends = np.clip([region.low, region.high], low, high)
+    ax.fill_betweenx([row - 0.42, row + 0.42], *ends, color=_REGION, linewidth=0, zorder=0)
+    drawn = {"region"}
+    if region.theory is not None:
+        drawn.add("theory")
+        ax.plot([region.theory] * 2, [row - 0.42, row + 0.42], color="0.1", linestyle=_DASHES,
+                linewidth=1.0, zorder=1)  # fmt: skip
+    values = np.array(result.values)
+    shown = values[np.isfinite(values)]
+    if len(shown) > 1:
+        drawn.add("seed")
+        ax.plot(shown, np.full(len(shown), row + 0.26), "o", color="0.35", markersize=2.6,
+                alpha=0.6, mew=0, zorder=2)  # fmt: skip
+    if len(shown) < len(values):
+        drawn.add("non-finite")
+        ax.plot(0.98, row + 0.26, "x", color="0.3", markersize=4,
+                transform=ax.get_yaxis_transform(), clip_on=False)  # fmt: skip
+    if math.isfinite(result.mean):
+        spread = [[result.mean - result.low], [result.high - result.mean]]
+        drawn.add("mean")
+        ax.errorbar(result.mean, row - 0.08, xerr=np.nan_to_num(spread), color=color, capsize=3,
+                    marker=marker, markersize=5, elinewidth=1.4, zorder=3)  # fmt: skip
+    return drawn
+
+
+def _row_words(ax: Axes, row: int, result: Result) -> None:
+    """The verdict and the numbers at the right of a row; of an identity also what is asked."""
+    color = _WORDS[result.word][0]
+    place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center"}
+    reason = f" ({result.reason})" if result.reason else ""
+    ax.text(1.02, row - 0.2, f"{result.word}{reason}", size=8, color=color, weight="bold", **place)
+    if math.isfinite(result.mean):
+        ax.text(1.02, row + 0.2, measured_words(result), size=7.5, color="0.2", **place)
+    region = result.comparison.region
+    if region.exact:
+        ax.text(
+            0.5, row, f"exact: {region_words(region)}", size=8, ha="center", color="0.2", **place
+        )
+
+
+def _effects_handles(drawn: set[str]) -> list[Any]:
+    known = {
+        "region": Patch(facecolor=_REGION, label="declared region"),
+        "theory": Line2D([], [], color="0.1", linestyle=_DASHES, linewidth=1.0, label="theory"),
+        "seed": Line2D([], [], color="0.35", linestyle="", marker="o", markersize=2.6,
+                       alpha=0.6, mew=0, label="each seed"),
+        "mean": Line2D([], [], color="0.1", marker="o", markersize=5, linewidth=1.4,
+                       label="mean and interval"),
+    }  # fmt: skip
+    handles = [handle for part, handle in known.items() if part in drawn]
+    return [*handles, *_edge_handles(drawn)]
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -23,8 +23,11 @@ from gradflow.data import Batches, Data, consumed_digest, load_data, seed_step
 from gradflow.environment import environment
 from gradflow.errors import GradflowError
 from gradflow.networks import build
+from gradflow.networks.freezing import freeze_all_but_last
+from gradflow.probe import measure, readout_seed, table
 from gradflow.ranks import Group, Ranks, check
 from gradflow.recording import Recorder
+from gradflow.recording.probes import propagate
 from gradflow.recording.quantities import ALL, DEFAULT
 from gradflow.recording.schedules import FIRST_STEPS, Schedule, every
 from gradflow.spec import Execution, RunSpec
@@ -168,6 +171,8 @@ def _compute(
     tracker = make_tracker(logger, writer.path, spec, state.get("updates", 0))
     try:
         fields = _measure(network, data, spec, device, writer, tracker, tell, state, group)
+        if spec.probe.name is not None:
+            _probe(network, data, spec, writer, fields["steps"])
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         tracker.finish("interrupted" if interrupted else "failed", {}, {})
@@ -261,26 +266,15 @@ def _figures(writer: RunWriter, logger: str) -> dict[str, Any]:
 def _measure_initialisation(
     network: nn.Module, data: Data, spec: RunSpec, writer: RunWriter
 ) -> dict[str, Any]:
-    """Step 0 alone: the first update's forward and backward pass, recorded, and no update."""
+    """Step 0 alone: one forward and backward pass, recorded, and no update."""
     batches = Batches(
         data.train, batch_size=spec.batch_size, accumulate=spec.accumulate, seed=spec.seed
     )
     quantities = [name for name in _quantities(spec) if name != "update_norm"]
-    consumed = ""
     network.train()
+    first_pass = _pass_of_loss if spec.probe.name is None else _pass_of_readout
     with Recorder(network, quantities, _schedules(spec), save=writer) as recorder:
-        loss, right = torch.zeros(()), torch.zeros(())
-        for place, batch in enumerate(itertools.islice(batches, spec.accumulate)):
-            images, labels, indices = batch
-            seed_step(spec.seed, 0, place)
-            consumed = consumed_digest(consumed, indices)
-            with _autocast(spec, images.device):
-                logits = network(images)
-                part = functional.cross_entropy(logits, labels) / spec.accumulate
-            part.backward()
-            loss = loss + part.detach().cpu()
-            right = right + (logits.argmax(dim=1) == labels).float().mean().cpu()
-        recorder.step(loss, accuracy=right / spec.accumulate)
+        consumed = first_pass(network, batches, spec, recorder)
     divergence = recorder.divergence
     return {
         "steps": 0,
@@ -291,11 +285,51 @@ def _measure_initialisation(
     }
 
 
+def _pass_of_loss(network: nn.Module, batches: Batches, spec: RunSpec, recorder: Recorder) -> str:
+    """The pass of the first update; the digest of its batches."""
+    consumed = ""
+    loss, right = torch.zeros(()), torch.zeros(())
+    for place, batch in enumerate(itertools.islice(batches, spec.accumulate)):
+        images, labels, indices = batch
+        seed_step(spec.seed, 0, place)
+        consumed = consumed_digest(consumed, indices)
+        with _autocast(spec, images.device):
+            logits = network(images)
+            part = functional.cross_entropy(logits, labels) / spec.accumulate
+        part.backward()
+        loss = loss + part.detach().cpu()
+        right = right + (logits.argmax(dim=1) == labels).float().mean().cpu()
+    recorder.step(loss, accuracy=right / spec.accumulate)
+    return consumed
+
+
+def _pass_of_readout(
+    network: nn.Module, batches: Batches, spec: RunSpec, recorder: Recorder
+) -> str:
+    """The pass of a random linear readout: theory's, for any output; the digest of its batch."""
+    images, _, indices = next(iter(batches))
+    seed_step(spec.seed, 0, 0)
+    with _autocast(spec, images.device):
+        propagate(network, images, seed=readout_seed(spec))
+    recorder.step()
+    return consumed_digest("", indices)
+
+
+def _probe(network: nn.Module, data: Data, spec: RunSpec, writer: RunWriter, step: int) -> None:
+    """What the spec's probe measures, at the parameters after `step` updates."""
+    batches = Batches(data.train, batch_size=spec.batch_size, accumulate=1, seed=spec.seed)
+    images, _, _ = next(iter(batches))
+    seed_step(spec.seed, step, 0)
+    network.zero_grad()
+    writer.append("probes", table(measure(spec, network, data, images), step))
+
+
 def _network(spec: RunSpec, data: Data, device: torch.device, ranks: Ranks) -> nn.Module:
-    channels, height, width = data.shape
-    features = channels * height * width if spec.network.name == "mlp" else channels
-    network = build(spec, in_channels=features, num_classes=data.num_classes)
-    if spec.network.name == "custom":
+    inputs = data.inputs(spec.network.name)
+    network = build(spec, in_channels=inputs, num_classes=data.num_classes)
+    if spec.trainable_blocks is not None:
+        freeze_all_but_last(network, spec.trainable_blocks)
+    if spec.network.name == "custom" and not (spec.probe.name and spec.max_steps == 0):
         _try_out(network, spec, data)
     if ranks.world > 1:
         network = _synchronised(network, device)

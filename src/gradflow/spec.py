@@ -34,8 +34,9 @@ PRESETS = {
 """Dosed skips that have a name: (skip_forward a, skip_backward b)."""
 ORDERS = ("post", "pre")
 NORMS = ("batch", "layer", "group", "none")
-ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "gelu", "silu", "linear")
-INITIALIZATIONS = ("he", "xavier", "lecun", "pytorch", "orthogonal", "delta_orthogonal", "gaussian")
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "gelu", "silu", "linear", "crelu")
+INITIALIZATIONS = ("he", "xavier", "lecun", "pytorch", "orthogonal", "delta_orthogonal",
+                   "gaussian", "looks_linear")  # fmt: skip
 PADDINGS = ("zeros", "circular")
 SHORTCUTS = ("A", "B")
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -46,6 +47,7 @@ RECORDS = ("default", "none", "all")
 LOGGERS = ("none", "csv", "wandb")
 LAUNCHERS = ("local", "slurm")
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
+FORMATS = ("fp16", "bf16", "fp32", "fp64")
 
 # The keys each network uses, with their defaults. A key outside its network's list is refused.
 _BLOCK_KEYS = {
@@ -62,6 +64,7 @@ _BLOCK_KEYS = {
     "init": "he",
     "sigma_w": 1.0,
     "sigma_b": 0.0,
+    "trainable_blocks": None,
 }
 NETWORK_KEYS: dict[str, dict[str, Any]] = {
     "cifar": {"depth": 20, "width": 16, **_BLOCK_KEYS, "padding": "zeros", "shortcut": "A"},
@@ -73,9 +76,26 @@ NETWORKS = tuple(NETWORK_KEYS)
 DATA_KEYS: dict[str, dict[str, Any]] = {
     "digits": {},
     "synthetic": {"seed": 0, "size": 8, "train": 4000, "test": 1000},
+    "gaussian": {"seed": 0, "channels": 3, "size": 8, "train": 1024, "test": 256},
     "files": {"root": None},
 }
 DATA = tuple(DATA_KEYS)
+PROBE_KEYS: dict[str, dict[str, Any]] = {
+    "propagation": {},
+    "cosine": {"cosine": 0.0},
+    "token_cosine": {},
+    "jacobian": {},
+    "shattering": {"points": 256, "extent": 2.0},
+    "path_length": {},
+    "length_ratio": {"networks": 400},
+    "underflow": {"format": "fp32"},
+    "displacement": {},
+    "lesion": {},
+}
+"""Measurements with passes of their own, and the keys that each uses."""
+PROBES = tuple(PROBE_KEYS)
+OF_TRAINED = ("displacement", "lesion")
+"""Probes that say nothing of a network that was not trained."""
 DIGITS_TRAIN = 1437
 EPOCHS = 12
 
@@ -284,23 +304,26 @@ class DataSpec:
     """What the network is trained on. Keys that the chosen data does not use are None."""
 
     name: str = key("digits", _choice(DATA), "what to train on")
-    seed: int | None = key(None, _integer(0), "synthetic: what the images are generated from")
-    size: int | None = key(None, _integer(8), "synthetic: height and width of an image")
-    train: int | None = key(None, _integer(1), "synthetic: images to train on")
-    test: int | None = key(None, _integer(1), "synthetic: images to test on")
+    seed: int | None = key(None, _integer(0), "what generated images are drawn from")
+    channels: int | None = key(None, _integer(1), "gaussian: channels of an image")
+    size: int | None = key(None, _integer(1), "generated: height and width of an image")
+    train: int | None = key(None, _integer(1), "generated: images to train on")
+    test: int | None = key(None, _integer(1), "generated: images to test on")
     root: str | None = key(None, _text, "files: the directory of train.npz and test.npz")
 
     def __post_init__(self) -> None:
         _check_all(self, "data.")
-        keys = ("seed", "size", "train", "test", "root")
+        keys = ("seed", "channels", "size", "train", "test", "root")
         _fill(self, DATA_KEYS[self.name], keys, "data.", f"data={self.name}")
         if self.name == "files" and self.root is None:
             raise SpecError("data=files: name the directory of train.npz and test.npz, data.root=…")
+        if self.name == "synthetic" and (self.size or 0) < 8:
+            raise SpecError(f"data.size={self.size}: allowed is a whole number from 8")
 
     @property
     def train_size(self) -> int | None:
         """Images in the training split, where that is known without reading them."""
-        return {"digits": DIGITS_TRAIN, "synthetic": self.train}.get(self.name)
+        return DIGITS_TRAIN if self.name == "digits" else self.train
 
     def check_files(self) -> None:
         """Raise SpecError, without reading them, where the files of data=files are missing."""
@@ -346,6 +369,30 @@ class RecordSpec:
         object.__setattr__(self, "every", EverySpec(**filled))
         if not any(filled.values()):
             object.__setattr__(self, "name", "none")
+
+
+@dataclass(frozen=True)
+class ProbeSpec:
+    """A measurement with passes of its own, made at the run's end: `recording.probes`.
+
+    A run with a probe is one of initialisation alone unless it sets epochs or max_steps; it records
+    the pass of a random linear readout in place of the loss's.
+    """
+
+    name: str | None = key(None, _choice(PROBES), "a measurement with passes of its own")
+    cosine: float | None = key(None, _real(-1, 1), "cosine: of each pair of inputs")
+    points: int | None = key(None, _integer(8), "shattering: points of the line of inputs")
+    extent: float | None = key(
+        None, _real(0, above=True), "shattering: the line is [-extent, extent]"
+    )
+    networks: int | None = key(None, _integer(2), "length_ratio: networks drawn")
+    format: str | None = key(None, _choice(FORMATS), "underflow: number format of all tensors")
+
+    def __post_init__(self) -> None:
+        _check_all(self, "probe.")
+        keys = ("cosine", "points", "extent", "networks", "format")
+        used = PROBE_KEYS[self.name] if self.name else {}
+        _fill(self, used, keys, "probe.", f"probe={self.name or 'null'}")
 
 
 def _part(kind: type, value: Any, prefix: str) -> Any:
@@ -403,6 +450,9 @@ class RunSpec:
     init: str | None = key(None, _choice(INITIALIZATIONS), "initialisation of the weights")
     sigma_w: float | None = key(None, _real(0), "gaussian: weights' deviation times √fan_in")
     sigma_b: float | None = key(None, _real(0), "gaussian: biases' deviation")
+    trainable_blocks: int | None = key(
+        None, _integer(1), "train the last so many blocks and the readout alone; all by default"
+    )
     padding: str | None = key(None, _choice(PADDINGS), "padding of convolutions")
     shortcut: str | None = key(
         None,
@@ -410,7 +460,7 @@ class RunSpec:
         "cifar: where shapes change, subsample and pad, or projection",
     )
 
-    data: DataSpec = key(DataSpec, None, "digits, synthetic, files")
+    data: DataSpec = key(DataSpec, None, "digits, synthetic, gaussian, files")
     batch_size: int = key(64, _integer(1), "images a batch", omit=64)
     accumulate: int = key(1, _integer(1), "batches an update", omit=1)
 
@@ -439,6 +489,7 @@ class RunSpec:
     seed: int = key(0, _integer(0), "seed of parameters and batch order", omit=0)
 
     record: RecordSpec = key(RecordSpec, None, "default, all, none")
+    probe: ProbeSpec = key(ProbeSpec, None, "a measurement with passes of its own")
 
     def __post_init__(self) -> None:
         for name, kind in PARTS.items():
@@ -450,6 +501,7 @@ class RunSpec:
             self._canonical_skip()
             self._check_depth()
         self._check_conditional_keys()
+        self._check_mirrored()
         self._check_training()
 
     def _canonical_skip(self) -> None:
@@ -521,6 +573,15 @@ class RunSpec:
         if width is not None and groups is not None and width % groups:
             raise SpecError(f"groups={groups}: does not divide width={width}")
 
+    def _check_mirrored(self) -> None:
+        """crelu doubles the features, which only the mlp's next linear map takes."""
+        if self.activation == "crelu" and self.network.name != "mlp":
+            raise SpecError("activation=crelu: only network=mlp has it")
+        if self.activation == "crelu" and self.order == "post" and self.skip != "none":
+            raise SpecError("order=post: activation=crelu with skips wants order=pre")
+        if self.init == "looks_linear" and self.activation != "crelu":
+            raise SpecError("init=looks_linear: only activation=crelu uses it")
+
     def _check_training(self) -> None:
         size, per_update = self.data.train_size, self.batch_size * self.accumulate
         if size is not None and per_update > size:
@@ -533,8 +594,12 @@ class RunSpec:
             raise SpecError("batch_size=1: norm=batch has no statistics of one value a channel")
         if self.max_steps is not None:
             object.__setattr__(self, "epochs", None)
-        elif self.epochs is None:
+        elif self.epochs is None and self.probe.name in (None, *OF_TRAINED):
             object.__setattr__(self, "epochs", EPOCHS)
+        elif self.epochs is None:
+            object.__setattr__(self, "max_steps", 0)
+        if self.max_steps == 0 and self.probe.name in OF_TRAINED:
+            raise SpecError(f"probe={self.probe.name}: says nothing of a network not trained")
         if self.warmup and self.schedule == "one_cycle":
             raise SpecError(f"warmup={self.warmup}: schedule=one_cycle has a warm-up of its own")
 
@@ -590,7 +655,8 @@ class RunSpec:
         return (self.epochs or EPOCHS) * (train_size // (self.batch_size * self.accumulate))
 
 
-PARTS: dict[str, type] = {"network": NetworkSpec, "data": DataSpec, "record": RecordSpec}
+PARTS: dict[str, type] = {"network": NetworkSpec, "data": DataSpec, "record": RecordSpec,
+                          "probe": ProbeSpec}  # fmt: skip
 _NETWORK_ONLY = tuple(dict.fromkeys(name for keys in NETWORK_KEYS.values() for name in keys))
 
 

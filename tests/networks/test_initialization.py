@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from gradflow import spec
 from gradflow.errors import SpecError
-from gradflow.networks import Skip, build_network
+from gradflow.networks import Skip, build, build_network
 from gradflow.networks.initialization import INITIALIZATIONS, initialize
+from gradflow.seeding import derived_seed
+from gradflow.spec import RunSpec
 
 FAN_IN = {"conv": 24 * 9, "linear": 200}
 FAN_OUT = {"conv": 40 * 9, "linear": 300}
@@ -156,12 +158,16 @@ def test_seed_and_name_decide() -> None:
 def test_everything_is_set_anew(init: str) -> None:
     """Whatever was there before: parameters and running statistics of each kind of module."""
     sigmas = {"sigma_w": 1.0, "sigma_b": 0.1} if init == "gaussian" else {}
+    if init == "looks_linear":
+        family, options = "mlp", {"order": "pre", "activation": "crelu"}
+    else:
+        family, options = "cifar", {"activation": "relu"}
     for skip in ("highway", "rezero"):
-        fresh = build_network("cifar", depth=8, width=4, skip=skip, init=init, **sigmas)
-        spoilt = build_network("cifar", depth=8, width=4, skip=skip, init=init, **sigmas)
+        chosen = {"depth": 8, "width": 4, "skip": skip, "init": init, **options, **sigmas}
+        fresh, spoilt = build_network(family, **chosen), build_network(family, **chosen)
         for tensor in spoilt.state_dict().values():
             tensor.fill_(7)
-        initialize(spoilt, init, seed=0, activation="relu", **sigmas)
+        initialize(spoilt, init, seed=0, activation=options["activation"], **sigmas)
         for name, tensor in fresh.state_dict().items():
             assert torch.equal(tensor, spoilt.state_dict()[name]), name
 
@@ -180,6 +186,43 @@ def test_norms_and_skips_keep_their_own_start(init: str) -> None:
             elif isinstance(module, Skip):
                 assert torch.equal(module.gate.bias, torch.full_like(module.gate.bias, -2.0))
                 assert module.gate.weight.std() > 0.01
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "delta_orthogonal"])
+def test_orthogonal_maps_are_so_to_the_precision_of_their_type(init: str) -> None:
+    """From the same float32 numbers; those of float32 are what torch makes of them."""
+    narrow, wide = Pair(), Pair().double()
+    for pair in (narrow, wide):
+        initialize(pair, init, seed=0, activation="linear")
+    for name in ("conv.weight", "linear.weight"):
+        torch.testing.assert_close(
+            narrow.get_parameter(name).double(), wide.get_parameter(name), atol=1e-5, rtol=0
+        )
+    gram = wide.linear.weight.T @ wide.linear.weight
+    torch.testing.assert_close(gram, torch.eye(200).double(), atol=1e-13, rtol=0)
+    generator = torch.Generator().manual_seed(derived_seed(0, "linear.weight"))
+    theirs = nn.init.orthogonal_(torch.empty(300, 200), generator=generator)
+    assert torch.equal(narrow.linear.weight, theirs)
+
+
+def test_fp64_specs_make_float64_networks() -> None:
+    """Of the same numbers."""
+    keys = {"network": "mlp", "depth": 4, "width": 8}
+    narrow, wide = (
+        build(RunSpec(**keys, precision=precision), in_channels=3, num_classes=2)
+        for precision in ("fp32", "fp64")
+    )
+    for name, values in narrow.named_parameters():
+        assert wide.get_parameter(name).dtype == torch.float64
+        assert torch.equal(values.double(), wide.get_parameter(name))
+
+
+def test_one_layer_may_have_another_init() -> None:
+    pair, alike = Pair(), Pair()
+    initialize(pair, "he", seed=0, activation="relu", others={"linear": "lecun"})
+    initialize(alike, "he", seed=0, activation="relu")
+    assert torch.equal(pair.conv.weight, alike.conv.weight)
+    torch.testing.assert_close(pair.linear.weight * 2**0.5, alike.linear.weight)
 
 
 def test_memory_format_and_type_change_nothing() -> None:
@@ -207,3 +250,7 @@ def test_bad_values() -> None:
         made("hee")
     with pytest.raises(SpecError, match="init=gaussian: set sigma_w and sigma_b"):
         made("gaussian", sigma_w=1.0)
+    with pytest.raises(SpecError, match="init=looks_linear: only activation=crelu uses it"):
+        made("looks_linear")
+    with pytest.raises(SpecError, match="init=hee: allowed is he, xavier"):
+        initialize(Pair(), "he", seed=0, activation="relu", others={"conv": "hee"})

@@ -378,9 +378,10 @@ def test_no_norm_is_the_identity() -> None:
         ("gelu", None, (-0.1586553, 1.9544997)),
         ("silu", None, (-0.2689414, 1.7615942)),
         ("linear", None, (-1.0, 2.0)),
+        ("crelu", None, (0.0, 2.0, 1.0, 0.0)),
     ],
 )
-def test_activations(name: str, slope: float | None, expected: tuple[float, float]) -> None:
+def test_activations(name: str, slope: float | None, expected: tuple[float, ...]) -> None:
     x = torch.tensor([-1.0, 2.0])
     torch.testing.assert_close(ACTIVATIONS[name](slope)(x), torch.tensor(expected))
     assert torch.equal(x, torch.tensor([-1.0, 2.0]))  # not in place
@@ -389,8 +390,10 @@ def test_activations(name: str, slope: float | None, expected: tuple[float, floa
 @pytest.mark.parametrize("name", spec.ACTIVATIONS)
 def test_every_activation_is_used_by_the_networks(name: str) -> None:
     slope = {"negative_slope": 0.3} if name == "leaky_relu" else {}
-    for family in ("cifar", "mlp"):
-        network = build_network(family, depth=8, width=8, activation=name, in_channels=3, **slope)
+    for family in ("mlp",) if name == "crelu" else ("cifar", "mlp"):
+        network = build_network(
+            family, depth=8, width=8, order="pre", activation=name, in_channels=3, **slope
+        )
         member = network.get_submodule("layer1.0.activation" if family == "cifar" else "activation")
         kind = type(ACTIVATIONS[name](0.3))
         assert type(member) is kind

@@ -10,15 +10,28 @@ import torch
 from torch import nn
 
 from gradflow.errors import SpecError
-from gradflow.networks.initialization import initialize
-from gradflow.networks.layers import Layers
+from gradflow.networks.activations import TailoredReLU
+from gradflow.networks.chains import chain, conv_chain
+from gradflow.networks.freezing import freeze_all_but_last
+from gradflow.networks.initialization import initialized
+from gradflow.networks.layers import Layers, check_sizes
 from gradflow.networks.mlp import MLP
 from gradflow.networks.resnet import IMAGENET_BLOCKS, ResNet, cifar_blocks
 from gradflow.networks.skips import Skip
+from gradflow.networks.transformer import transformer
 from gradflow.seeding import derived_seed
 from gradflow.spec import NETWORK_KEYS, RunSpec
 
-__all__ = ["Skip", "build", "build_network"]
+__all__ = [
+    "Skip",
+    "TailoredReLU",
+    "build",
+    "build_network",
+    "chain",
+    "conv_chain",
+    "freeze_all_but_last",
+    "transformer",
+]
 
 
 def build_network(
@@ -60,6 +73,8 @@ def build_network(
 def build(spec: RunSpec, *, in_channels: int, num_classes: int) -> nn.Module:
     """The network that `spec` describes, with its initial parameters, on the CPU.
 
+    In float64 where `spec.precision` is fp64, else in float32.
+
     Args:
         in_channels: channels of the images; for `mlp` the number of input features.
         num_classes: number of logits.
@@ -70,26 +85,20 @@ def build(spec: RunSpec, *, in_channels: int, num_classes: int) -> nn.Module:
     Raises:
         SpecError: sizes below 1; a `network.target` that is no callable, fails or makes no module.
     """
-    for key, value in {"in_channels": in_channels, "num_classes": num_classes}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SpecError(f"{key}={value}: allowed is a whole number from 1")
+    check_sizes(in_channels=in_channels, num_classes=num_classes)
     if spec.network.name == "custom":
         return _custom(spec)
-    # The layers' constructors draw numbers, which `initialize` replaces.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        network = _network(spec, in_channels, num_classes)
     assert spec.init is not None
-    assert spec.activation is not None
-    initialize(
-        network,
+    return initialized(
+        lambda: _network(spec, in_channels, num_classes),
         spec.init,
         seed=spec.seed,
+        dtype=torch.float64 if spec.precision == "fp64" else torch.float32,
         activation=spec.activation,
         negative_slope=spec.negative_slope,
         sigma_w=spec.sigma_w,
         sigma_b=spec.sigma_b,
     )
-    return network
 
 
 def _network(spec: RunSpec, in_channels: int, num_classes: int) -> nn.Module:
@@ -98,15 +107,7 @@ def _network(spec: RunSpec, in_channels: int, num_classes: int) -> nn.Module:
     assert depth is not None
     assert width is not None
     assert order is not None
-    assert spec.norm is not None
-    assert spec.activation is not None
-    layers = Layers(
-        norm=spec.norm,
-        groups=spec.groups,
-        activation=spec.activation,
-        negative_slope=spec.negative_slope,
-        padding=spec.padding or "zeros",
-    )
+    layers = Layers.of(spec)
     make_skip = partial(_skip, spec)
     if name == "mlp":
         return MLP(

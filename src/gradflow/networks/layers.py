@@ -8,6 +8,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from gradflow.errors import SpecError
+from gradflow.networks.activations import CReLU, MirroredLinear
+from gradflow.spec import RunSpec
+
+
+def check_sizes(**sizes: object) -> None:
+    """Raise SpecError in one line where one of these is no whole number from 1."""
+    for key, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SpecError(f"{key}={value}: allowed is a whole number from 1")
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,19 @@ class Layers:
     activation: str
     negative_slope: float | None
     padding: str
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> Layers:
+        """Those of a spec's network."""
+        assert spec.norm is not None
+        assert spec.activation is not None
+        return cls(
+            norm=spec.norm,
+            groups=spec.groups,
+            activation=spec.activation,
+            negative_slope=spec.negative_slope,
+            padding=spec.padding or "zeros",
+        )
 
     def convolution(
         self, channels_in: int, channels_out: int, kernel: int, stride: int = 1
@@ -42,9 +64,21 @@ class Layers:
             bias=self.norm == "none",
         )
 
-    def linear(self, features_in: int, features_out: int) -> nn.Linear:
-        """A hidden linear map, with a bias exactly where no normalisation takes it away."""
-        return nn.Linear(features_in, features_out, bias=self.norm == "none")
+    def linear(self, features_in: int, features_out: int, *, activated: bool) -> nn.Linear:
+        """A hidden linear map, with a bias exactly where no normalisation takes it away.
+
+        Args:
+            activated: whether its input comes from the activation; that of `crelu` made
+                2·features_in of features_in.
+        """
+        return self._linear_kind(activated)(features_in, features_out, bias=self.norm == "none")
+
+    def readout(self, features_in: int, num_classes: int) -> nn.Linear:
+        """The linear map from the last activation to the logits, always with a bias."""
+        return self._linear_kind(True)(features_in, num_classes)
+
+    def _linear_kind(self, activated: bool) -> type[nn.Linear]:
+        return MirroredLinear if activated and self.activation == "crelu" else nn.Linear
 
     def normalize_maps(self, channels: int) -> nn.Module:
         """The normalisation of feature maps (N, C, H, W)."""
@@ -89,5 +123,6 @@ ACTIVATIONS: dict[str, Callable[[float | None], nn.Module]] = {
     "gelu": lambda _: nn.GELU(),
     "silu": lambda _: nn.SiLU(),
     "linear": lambda _: nn.Identity(),
+    "crelu": lambda _: CReLU(),
 }
 """name -> the activation with that slope below zero."""

@@ -22,7 +22,8 @@ class MLP(nn.Module):
         pre:  h = W₀x, then h = skip(h, W·act(norm(h))), and act(norm(h)) before the readout
 
     With two, act(norm(W₁·)) comes before W₂ inside the branch. Without skips all three are the
-    plain network of that order.
+    plain network of that order. Activation `crelu` doubles the inputs of all maps but `layers.0`;
+    h itself is doubled with order `post`, which therefore has it without skips alone.
 
     Args:
         depth: weight layers, `layers.0` and the readout included.
@@ -46,13 +47,14 @@ class MLP(nn.Module):
         self.branch_layers = branch_layers
         sizes = [in_features] + [width] * (depth - 1)
         self.layers = nn.ModuleList(
-            layers.linear(before, after) for before, after in pairwise(sizes)
+            layers.linear(before, after, activated=k > 0)
+            for k, (before, after) in enumerate(pairwise(sizes))
         )
         self.norms = nn.ModuleList(layers.normalize_vectors(width) for _ in self.layers)
         blocks = (depth - 2) // branch_layers
         self.skips = nn.ModuleList(make_skip(k + 1, blocks, width) for k in range(blocks))
         self.activation = layers.activate()
-        self.readout = nn.Linear(width, num_classes)
+        self.readout = layers.readout(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.layers[0](x.flatten(1))

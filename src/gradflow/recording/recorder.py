@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
 import math
 import sys
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 from gradflow.errors import SpecError
 from gradflow.ranks import Ranks
 from gradflow.recording import quantities as registry
+from gradflow.recording.modules import Watch, ignore, is_block, kind_of, tensors_of, wrap_terms
 from gradflow.recording.norms import check_group, gather, norm, norms
 from gradflow.recording.quantities import Quantity
 from gradflow.recording.schedules import DEFAULTS, Schedule
@@ -51,15 +51,6 @@ if TYPE_CHECKING:
 _BUFFER_BYTES = 4 * 2**20
 _FLUSH_STEPS = 256
 _FLUSH_SECONDS = 20.0
-
-_CONVOLUTIONS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d,
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
-_NORMALISATIONS = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm,
-    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -335,7 +326,7 @@ class Recorder:
         self._own: list[list[int]] = []  # places of each owner's among the parameters
         blocks: list[tuple[str, nn.Module]] = []
         for name, module in self.model.named_modules():
-            if _is_block(module):
+            if is_block(module):
                 blocks.append((name, module))
             floats = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
             own = [p for p in floats if id(p) not in seen and p.numel()]
@@ -348,7 +339,7 @@ class Recorder:
             weight = max(own, key=lambda parameter: (parameter.dim(), parameter.numel()))
             row = _Module(
                 layer=name or type(module).__name__,
-                kind=_kind(module),
+                kind=kind_of(module),
                 shape="x".join(map(str, weight.shape)),
                 parameters=sum(parameter.numel() for parameter in own),
             )
@@ -372,17 +363,17 @@ class Recorder:
         else:
             self._writer = self._save
         self._started = self._flushed = time.monotonic()
-        whole = _Watch(self._on_pass, _ignore)
+        whole = Watch(self._on_pass, ignore)
         self._undo.append(self.model.register_forward_hook(whole, always_call=True).remove)
         for index, module in enumerate(self._owners):
             row = self._modules[index]
             if row.layer not in self._order and row.kind != "block":
-                watch = _Watch(partial(self._on_enter, row), _ignore)
+                watch = Watch(partial(self._on_enter, row), ignore)
                 self._entering[row.layer] = module.register_forward_pre_hook(watch).remove
-            watch = _Watch(partial(self._on_output, index), _ignore)
+            watch = Watch(partial(self._on_output, index), ignore)
             self._undo.append(module.register_forward_hook(watch).remove)
         for index, block in enumerate(self._blocks):
-            self._undo.append(_wrap_terms(block, partial(self._on_terms, index)))
+            self._undo.append(wrap_terms(block, partial(self._on_terms, index)))
         if self.optimizer is not None and self._wants("weights", "update_norm"):
             hook = self.optimizer.register_step_post_hook(self._on_update)
             self._undo.append(hook.remove)
@@ -446,7 +437,7 @@ class Recorder:
     def _on_output(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         if not self._watching():
             return
-        tensors = list(_tensors(output))
+        tensors = list(tensors_of(output))
         call = self._calls.get(self._modules[index].layer)
         if call is not None and call.row.kind != "block":  # a block is called in its `terms`
             self._note_call(call, tensors)
@@ -525,7 +516,7 @@ class Recorder:
                 self._stage = self._stages.setdefault(call.signature, len(self._stages) + 1)
             self._order[layer] = (len(self._order), self._stage)
             call.row.calls = call.count
-            self._entering.pop(layer, _ignore)()
+            self._entering.pop(layer, ignore)()
         self._calls.clear()
         self._under_way += 1
 
@@ -790,7 +781,7 @@ class Recorder:
         found: list[int] = []
 
         def look(index: int, module: nn.Module, args: Any, output: Any) -> None:
-            if not found and not all(bool(t.isfinite().all()) for t in _tensors(output)):
+            if not found and not all(bool(t.isfinite().all()) for t in tensors_of(output)):
                 found.append(index)
 
         handles = [
@@ -890,29 +881,6 @@ def _by_table(schedule: Schedule | Mapping[str, Schedule] | None) -> dict[str, S
     return dict.fromkeys(DEFAULTS, schedule)
 
 
-def _kind(module: nn.Module) -> str:
-    if isinstance(module, _CONVOLUTIONS):
-        return "conv"
-    if isinstance(module, nn.Linear | nn.Bilinear):
-        return "linear"
-    if isinstance(module, _NORMALISATIONS):
-        return "norm"
-    return "embedding" if isinstance(module, nn.Embedding | nn.EmbeddingBag) else "other"
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a module's output: one, or tuples, lists, dicts of them."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
-    elif isinstance(output, Mapping):
-        for item in output.values():
-            yield from _tensors(item)
-    elif isinstance(output, tuple | list):
-        for item in output:
-            yield from _tensors(item)
-
-
 def _kept(value: Tensor | float) -> Any:
     """A number for the table: on the CPU as a float, elsewhere a copy that stays on the device."""
     if isinstance(value, Tensor):
@@ -937,42 +905,6 @@ def _columns(rows: list[dict[str, Any]], key: str, dtype: Any) -> dict[str, Any]
     columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in labels}
     columns[key] = np.array(columns[key], dtype=dtype)
     return columns
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether its class declares `terms(x, branch)`."""
-    terms = getattr(type(module), "terms", None)
-    names = list(inspect.signature(terms).parameters) if inspect.isfunction(terms) else []
-    return names[1:] == ["x", "branch"]
-
-
-class _Watch:
-    """Calls the recorder; in a copy or a pickle of the model, what stood there without it."""
-
-    def __init__(self, call: Callable[..., Any], instead: Callable[..., Any]):
-        self._call, self._instead = call, instead
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self._instead,)
-
-
-def _itself(value: Any) -> Any:
-    return value
-
-
-def _ignore(*_: Any) -> None:
-    """A hook that does nothing."""
-
-
-def _wrap_terms(block: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
-    """Let `block.terms` go through `around(original, x, branch)`; returns the undoing."""
-    original: Any = block.terms
-    nested = "terms" in vars(block)  # by another recorder
-    block.terms = _Watch(partial(around, original), original)  # type: ignore[assignment]
-    return lambda: setattr(block, "terms", original) if nested else delattr(block, "terms")
 
 
 def _external_writer(path: str | Path, meta: dict[str, Any]) -> RunWriter:

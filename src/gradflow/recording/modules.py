@@ -1,0 +1,103 @@
+"""What recording sees in a module: its kind, its output's tensors, whether it is a block."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_NORMALISATIONS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm,
+)  # fmt: skip
+
+
+def kind_of(module: nn.Module) -> str:
+    """`conv`, `linear`, `norm`, `embedding` or `other`."""
+    if isinstance(module, _CONVOLUTIONS):
+        return "conv"
+    if isinstance(module, nn.Linear | nn.Bilinear):
+        return "linear"
+    if isinstance(module, _NORMALISATIONS):
+        return "norm"
+    return "embedding" if isinstance(module, nn.Embedding | nn.EmbeddingBag) else "other"
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in a module's output: one, or tuples, lists, dicts of them."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.numel():
+            yield output
+    elif isinstance(output, Mapping):
+        for item in output.values():
+            yield from tensors_of(item)
+    elif isinstance(output, tuple | list):
+        for item in output:
+            yield from tensors_of(item)
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether its class declares `terms(x, branch)`."""
+    terms = getattr(type(module), "terms", None)
+    names = list(inspect.signature(terms).parameters) if inspect.isfunction(terms) else []
+    return names[1:] == ["x", "branch"]
+
+
+def block_owners(model: nn.Module) -> dict[str, str]:
+    """Block -> the module that has the block's parameters, those of its branch included.
+
+    A block that makes its branch itself is its own. One that is handed its branch, as `Skip` is,
+    belongs to the module directly around it; it has no owner, and is left out, where that one is
+    around several.
+    """
+    blocks = {name: module for name, module in model.named_modules() if is_block(module)}
+    within = Counter(name.rpartition(".")[0] for name in blocks)
+    owners = {}
+    for name, block in blocks.items():
+        around = name.rpartition(".")[0]
+        handed = len(inspect.signature(type(block).forward).parameters) > 2
+        if not handed:
+            owners[name] = name
+        elif within[around] == 1:
+            owners[name] = around
+    return owners
+
+
+class Watch:
+    """Calls the recorder; in a copy or a pickle of the model, what stood there without it."""
+
+    def __init__(self, call: Callable[..., Any], instead: Callable[..., Any]):
+        self._call, self._instead = call, instead
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._instead,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def ignore(*_: Any) -> None:
+    """A hook that does nothing."""
+
+
+def wrap_terms(block: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
+    """Let `block.terms` go through `around(original, x, branch)`; returns the undoing."""
+    original: Any = block.terms
+    nested = "terms" in vars(block)  # by another recorder
+    block.terms = Watch(partial(around, original), original)  # type: ignore[assignment]
+    return lambda: setattr(block, "terms", original) if nested else delattr(block, "terms")
