@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -760,7 +760,25 @@ def summary(run: Run) -> list[str]:
                 line += f"; first/last {rate.kind} = {short(rate.first_last)}"
             broken = _broken(here["weight_grad_norm"].to_numpy())
             lines.append(line + (f"; {broken}" if broken and broken not in line else ""))
-    return [*lines, f"recorded in {run.path}"]
+    return [*lines, *_readings(run), f"recorded in {run.path}"]
+
+
+def _readings(run: Run) -> Iterator[str]:
+    """A line for each probe: its one reading, or how many there are and where they lie."""
+    frame = run.frame("probes")
+    if frame.empty:
+        return
+    for name, part in frame.groupby("probe", sort=False, observed=True):
+        values = part["value"].to_numpy(dtype=float)
+        known = values[np.isfinite(values)]
+        lost = f", {values.size - known.size} not finite" if known.size < values.size else ""
+        if values.size == 1:
+            yield f"{name}: {short(values[0])}"
+        elif not known.size:
+            yield f"{name}: {values.size} readings, none finite"
+        else:
+            low, middle, high = map(short, (known.min(), np.median(known), known.max()))
+            yield f"{name}: {values.size} readings, {low} to {high}, median {middle}{lost}"
 
 
 def _ending(run: Run) -> str:

@@ -13,6 +13,7 @@ Activations are those of `gradflow.spec.ACTIVATIONS` and `erf`. `crelu`, twice a
 inputs, is `relu` in every formula here: moments are means over its outputs, as σ_w² counts all
 of a layer's fan_in. (Lengths and growths hold under `looks_linear` as well; cosines there are those
 of `linear`.) `negative_slope` is needed for `leaky_relu` and ignored by the others.
+An unknown activation, or a length or correlation that cannot be, raises `SpecError`.
 
 Sources: Poole et al. 2016 (arXiv 1606.05340), Schoenholz et al. 2017 (arXiv 1611.01232); others
 stand with their formula.
@@ -55,9 +56,13 @@ def _graded(panels: int) -> tuple[Array, Array]:
 
 def _grid(q: float) -> tuple[Array, Array]:
     """The graded grid fine enough for φ(√q z), whose features near 0 are 1/√q wide."""
-    if not 0 <= q < math.inf:
-        raise SpecError(f"q={q}: allowed is a number from 0")
+    _check_length(q)
     return _graded(math.ceil(math.log(max(20.0, 4 * math.sqrt(q)), _RATIO)))
+
+
+def _check_length(q: float) -> None:
+    if not 0 <= q < math.inf:
+        raise SpecError(f"q={q:g}: allowed is a number from 0")
 
 
 def _density(z: Array) -> Array:
@@ -218,16 +223,19 @@ def _activation(name: str, negative_slope: float | None) -> _Activation:
 
 def mean(activation: str, q: float, negative_slope: float | None = None) -> float:
     """E[φ(√q z)]."""
+    _check_length(q)
     return _activation(activation, negative_slope).mean(q)
 
 
 def second_moment(activation: str, q: float, negative_slope: float | None = None) -> float:
     """E[φ(√q z)²]."""
+    _check_length(q)
     return _activation(activation, negative_slope).second(q)
 
 
 def slope_moment(activation: str, q: float, negative_slope: float | None = None) -> float:
     """E[φ'(√q z)²]."""
+    _check_length(q)
     return _activation(activation, negative_slope).slope(q)
 
 
@@ -268,8 +276,17 @@ def correlation_map(
     (σ_w² E[φ(u)φ(v)] + σ_b²)/q': the uncentred cosine of the two vectors of pre-activations.
     Poole et al. 2016.
     """
+    _check_length(q)
+    if not -1 <= c <= 1:
+        raise SpecError(f"c={c:g}: allowed is a number from -1 to 1")
     phi = _activation(activation, negative_slope)
-    return (sigma_w2 * phi.product(q, c) + sigma_b2) / (sigma_w2 * phi.second(q) + sigma_b2)
+    product = sigma_w2 * phi.product(q, c) + sigma_b2
+    return _cosine(product, sigma_w2 * phi.second(q) + sigma_b2)
+
+
+def _cosine(product: float, second: float) -> float:
+    """product/second, not beyond ±1 by rounding."""
+    return min(1.0, max(-1.0, product / second))
 
 
 # --- fixed points and depth scales ----------------------------------------------------------------
@@ -298,6 +315,7 @@ def length_fixed_point(
         )
         return mapped - q
 
+    q0 = max(q0, _SMALLEST)
     grows = excess(q0) > 0
     if abs(excess(q0)) <= 1e-12 * q0:
         return q0
@@ -728,10 +746,6 @@ class _Branch:
         return second, product
 
 
-def _cosine(product: float, second: float) -> float:
-    return min(1.0, max(-1.0, product / second))
-
-
 def residual_profile(
     blocks: int,
     activation: str,
@@ -759,7 +773,9 @@ def residual_profile(
         WfW           x + W₂φ(W₁x); Taki 2017 (arXiv 1709.02956)
         BWf           batch normalisation last; De & Smith 2020 (arXiv 2002.10444)
 
-    Theory of fW usually follows q = σ_w²·length, of the pre-activations.
+    gradflow's `mlp` of order `pre` has these blocks from the output of `layers.0` on; order `post`,
+    with an activation after the sum, has no closed recursion here. Theory of fW usually follows
+    q = σ_w²·length, of the pre-activations.
 
     Args:
         sigma_w2: of every W, or one value for each, the first applied first.
@@ -1043,6 +1059,7 @@ def underflow_depth(growth: float, format: str, *, rms: float = 1.0, elements: i
         raise SpecError(f"format={format}: allowed is {', '.join(FORMATS)}")
     if growth == 1:
         return math.inf
-    limit = FORMATS[format].largest if growth > 1 else FORMATS[format].smallest / 2
+    smallest, most = FORMATS[format]
+    limit = math.log(most) if growth > 1 else math.log(smallest) - math.log(2)
     largest = rms * max(1.0, -float(ndtri(1 / (2 * elements))))
-    return 2 * math.log(limit / largest) / math.log(growth)
+    return 2 * (limit - math.log(largest)) / math.log(growth)
