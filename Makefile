@@ -3,13 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-cluster lint run report clean
+.PHONY: help demo test test-slow test-cluster test-findings lint run report clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo              train plain and residual networks, record, report (under 10 minutes)"
 	@echo "make test              the tests (under 5 minutes); test-slow: the demo's numbers, checked"
 	@echo "make test-cluster      sweeps on a Slurm cluster of two nodes that it starts here (as root)"
+	@echo "make test-findings     every published finding at few seeds, against its recorded verdict (10 minutes)"
 	@echo "make lint              ruff and mypy"
 	@echo "make run ARGS='…'      python -m gradflow …, for instance ARGS='depth=56 skip=false max_steps=0'"
 	@echo "make report            python -m analysis: report/index.html over all of runs/"
@@ -26,6 +27,9 @@ test-slow: $(READY)
 test-cluster: $(READY)
 	@$(PY) tests/cluster/slurm.py check
 	@$(PY) -m pytest -m cluster tests/cluster
+
+test-findings: $(READY)
+	@$(PY) -m experiments --all --quick --check --runs $${TMPDIR:-/tmp}/gradflow-quick-$$$$
 
 lint: $(READY)
 	@$(PY) -m ruff check .

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -39,12 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = experiments.load()
         chosen = _chosen(known, options.ids, options.all)
         if not chosen:
-            print(_listing(known, options.runs, options.quick))
+            print(_listing(known, options.runs, options.quick), flush=True)
             return 0
         return _run(chosen, options)
     except GradflowError as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except KeyboardInterrupt:
         print("experiments: interrupted; the same command goes on from there", file=sys.stderr)
         return 130

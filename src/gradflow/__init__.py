@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradflow import networks, theory
     from gradflow.networks import Skip, build_network
-    from gradflow.recording import Recorder
+    from gradflow.recording import Recorder, probes
     from gradflow.run import run
     from gradflow.spec import RunSpec
     from gradflow.store import load_runs
@@ -29,6 +30,11 @@ _HOMES = {
     "run": "gradflow.run",
     "sweep": "gradflow.sweep",
 }
+_MODULES = {
+    "networks": "gradflow.networks",
+    "probes": "gradflow.recording.probes",
+    "theory": "gradflow.theory",
+}
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,21 +44,27 @@ __all__ = [
     "Skip",
     "build_network",
     "load_runs",
+    "networks",
+    "probes",
     "run",
     "sweep",
+    "theory",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    elif name in _MODULES:
+        value = import_module(_MODULES[name])
+    else:
         raise AttributeError(f"module 'gradflow' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, *_MODULES])
 
 
 class _Package(ModuleType):
