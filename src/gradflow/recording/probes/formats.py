@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left
 from collections.abc import Callable
@@ -53,15 +54,17 @@ def underflow_depth(
         if not outputs:
             raise GradflowError("underflow_depth: the model has no convolution and no linear layer")
 
-        def gradient(depth: int) -> Tensor:
+        @functools.cache
+        def gradient(depth: int) -> tuple[bool, bool]:
+            """Whether it is all zero, and whether some of it is not finite."""
             last = outputs[depth - 1]
             (found,) = torch.autograd.grad(last, outputs[0], readout(last, seed), retain_graph=True)
-            return found
+            return not found.any(), _overflowed(found)
 
         overflow = _first(len(outputs), lambda depth: _overflowed(outputs[depth - 1]))
         finite = len(outputs) if math.isnan(overflow) else int(overflow) - 1
-        zero = _first(finite, lambda depth: not gradient(depth).any())
-        burst = _first(finite, lambda depth: _overflowed(gradient(depth)))
+        zero = _first(finite, lambda depth: gradient(depth)[0])
+        burst = _first(finite, lambda depth: gradient(depth)[1])
     return [
         Reading("first_overflow", overflow),
         Reading("first_all_zero_gradient", zero),

@@ -62,7 +62,7 @@ def output_of(output: Any) -> Tensor:
 
 
 def differentiable(inputs: Tensor) -> Tensor:
-    """The same numbers as a leaf of a graph of its own; indices, of which there is none, as such."""
+    """The same numbers as a leaf of a graph; whole numbers, which have no gradient, as they are."""
     inputs = inputs.detach()
     return inputs.requires_grad_() if inputs.is_floating_point() else inputs
 
