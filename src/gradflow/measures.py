@@ -141,6 +141,30 @@ def reading(record: Record, probe: str, x: float | None = None) -> float:
     return float(chosen[0])
 
 
+def at_blocks(record: Record, probe: str) -> Array:
+    """A probe's readings at what comes out of each block, from the input on.
+
+    Raises:
+        GradflowError: there is none.
+    """
+    names, _, values = readings(record, probe)
+    modules = record.table("modules")
+    if modules is None:
+        raise GradflowError(f"modules: none were recorded beside {probe}")
+    kinds = dict(zip(modules["layer"].to_pylist(), modules["kind"].to_pylist(), strict=True))
+    return values[[kinds.get(name) == "block" for name in names]]
+
+
+def along_blocks(probe: str) -> Callable[[Record], tuple[Array, Array]]:
+    """Reader of a curve: places 1, 2, … of the blocks, and a probe's readings there."""
+
+    def read(record: Record) -> tuple[Array, Array]:
+        values = at_blocks(record, probe)
+        return np.arange(1.0, len(values) + 1), values
+
+    return read
+
+
 def along(
     quantity: str = "output_grad_norm", *, kind: str = "linear", power: int = 2, **options: Any
 ) -> Callable[[Record], tuple[Array, Array]]:
@@ -157,6 +181,18 @@ def at_places(values: ArrayLike) -> Callable[[Array], Array]:
     """Theory of a curve over places 1, 2, …: these values there."""
     numbers = np.asarray(values, dtype=float)
     return lambda places: numbers[places.astype(int) - 1]
+
+
+def over_arms(
+    places: Sequence[float], name: str = "train_accuracy"
+) -> Callable[..., tuple[Array, Array]]:
+    """Reader of a curve over several arms: a final metric of each, at its place."""
+
+    def read(*records: Record) -> tuple[Array, Array]:
+        values = [float(record.metrics[name]) for record in records]
+        return np.asarray(places, dtype=float), np.array(values)
+
+    return read
 
 
 def growth_of(norms: ArrayLike, *, trim: int = 4) -> float:
@@ -228,6 +264,13 @@ def imagined_readings(
     return Imagined({"probes": schema.table("probes", rows)})
 
 
+def imagined_blocks(probe: str, values: Sequence[float]) -> Imagined:
+    """A record of one probe's readings at what comes out of each block, from the input on."""
+    record = imagined_layers("skip_rms", values, kind="block", shape="")
+    names = record.tables["modules"]["layer"].to_pylist()
+    return Imagined({**record.tables, **imagined_readings(probe, values, layers=names).tables})
+
+
 # --- measures that many findings share ------------------------------------------------------------
 
 
@@ -285,9 +328,38 @@ def metric_difference(name: str = "train_accuracy") -> Measure:
     )
 
 
+def best_difference(one: int, other: int, name: str = "train_accuracy") -> Measure:
+    """The highest final metric among the first `one` arms minus that of the `other` arms after.
+
+    Of an accuracy, the error of the latter minus that of the former, each at its best.
+    """
+
+    def effect(*records: Record) -> float:
+        values = [float(record.metrics[name]) for record in records]
+        return max(values[:one]) - max(values[one:])
+
+    def imagine(value: float) -> tuple[Imagined, ...]:
+        first, second = Imagined(metrics={name: value}), Imagined(metrics={name: 0.0})
+        return (*[first] * one, *[second] * other)
+
+    return Measure(effect, imagine)
+
+
 def single_reading(probe: str, x: float | None = None) -> Measure:
     """The one reading of a probe (at x)."""
     return Measure(
         lambda record: reading(record, probe, x),
         lambda value: (imagined_readings(probe, [value], x=None if x is None else [x]),),
     )
+
+
+def block_reading(probe: str, block: int) -> Measure:
+    """A probe's reading at what comes out of a block, counted from 1."""
+
+    def effect(record: Record) -> float:
+        values = at_blocks(record, probe)
+        if len(values) < block:
+            raise GradflowError(f"probes: {len(values)} readings of {probe} at blocks, not {block}")
+        return float(values[block - 1])
+
+    return Measure(effect, lambda value: (imagined_blocks(probe, [value] * block),))
