@@ -125,6 +125,7 @@ def compare(what: str, region: Region, metric_name: str, one: str, other: str) -
         metric_difference(metric_name),
         region,
         unit="accuracy",
+        slow=other != CONTROL,
     )
 
 
