@@ -1,7 +1,7 @@
 """Singular values of a deep net's Jacobian spread with depth; orthogonal weights spread them less.
 
-Source: Pennington et al. 2017 (arXiv 1711.04735), §2 and 3, and 2018 (arXiv 1802.09979): the variance
-of the squared singular values s² is L·σ_w-moments of Gaussian weights, less L for orthogonal ones.
+Source: Pennington et al. 2017 (arXiv 1711.04735) and 2018 (arXiv 1802.09979): the variance of the
+squared singular values s² grows in proportion to depth, and less by L with orthogonal weights.
 
 Measured: Var(s²)/mean(s²)² over the singular values s of the input-output Jacobian at one input, in
 training mode. Theory for L layers: linear, Gaussian L and orthogonal 0; ReLU, Gaussian 2L and
@@ -9,14 +9,14 @@ orthogonal L.
 
 Deviations: L = 10 layers of width 400, each with its activation after it, Gaussian inputs.
 
-Cost: 40 runs at initialisation, 40 s.
+Cost: 40 runs at initialisation, 5 s.
 """
 
 from typing import Any
 
 from gradflow import theory
-from gradflow.findings import Comparison, Finding, about, exactly
-from gradflow.measures import single_reading
+from gradflow.findings import Comparison, Curve, Figure, Finding, about, exactly
+from gradflow.measures import Array, Record, readings, single_reading
 
 DEPTH, WIDTH = 10, 400
 INITS = {"linear": {"Gaussian": "lecun", "orthogonal": "orthogonal"},
@@ -50,10 +50,21 @@ def compare(arm: str) -> Comparison:
     return Comparison(name, (arm,), measure, about(expected, 0.15), ratio=True)
 
 
+def spectrum(record: Record) -> tuple[Array, Array]:
+    """The largest quarter: a deep ReLU network's smallest are rounding."""
+    _, index, values = readings(record, "jacobian_squared_singular_value")
+    return index[: WIDTH // 4] + 1, values[: WIDTH // 4]
+
+
 FINDING = Finding(
     source="Pennington et al. 2017, arXiv 1711.04735; 2018, arXiv 1802.09979",
     chapter="initialisation",
     specs={arm: spec(*parts) for arm, parts in ARMS.items()},
     comparisons=tuple(compare(arm) for arm in ARMS),
     recorded="not run",
+    figure=Figure(
+        tuple(Curve(arm, arm, spectrum) for arm in ARMS),
+        x="singular value, the largest first",
+        y="squared singular value of the Jacobian",
+    ),
 )

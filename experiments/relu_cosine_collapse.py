@@ -3,11 +3,11 @@
 Source: Poole et al. 2016 (arXiv 1606.05340), eq. 5, and Hayou et al. 2019 (arXiv 1902.06853); the
 map of cosines in closed form is Cho & Saul's 2009.
 
-Measured: the cosine of the activations of two inputs after l layers, inputs orthogonal at the start;
+Measured: the cosine of two inputs' activations after l layers, of inputs orthogonal at the start;
 mean over 32 pairs.
 
-Deviations: fully connected layers with He initialisation, 10 of width 2048 and 30 of width 1024, and
-Gaussian inputs.
+Deviations: fully connected layers with He initialisation, 10 of width 2048 and 30 of width 1024,
+and Gaussian inputs.
 
 Cost: 20 runs at initialisation, 20 s.
 """

@@ -5,8 +5,8 @@ growth of the gradient in reduced tanh networks.
 
 Measured: g_l, the squared norm of the gradient with respect to the stream x_l: g_1/g_L over a whole
 network of L = 200 blocks, against the recursion ρ_l = 1 + E[sech⁴(√q_l z)]; and ln(g_1/g_L) at
-L = 200 over that at L = 50, which is 4 where gradients grow exponentially and tends to 2 where their
-logarithm grows as √L. One forward and one backward pass from a random linear readout.
+L = 200 over that at L = 50, which is 4 where gradients grow exponentially and tends to 2 where
+their logarithm grows as √L. One forward and one backward pass from a random linear readout.
 
 Deviations: width 512, W with variance 1/n, no biases, Gaussian inputs of unit mean square.
 
@@ -32,7 +32,7 @@ from gradflow.measures import (
 WIDTH = 512
 DEPTHS = {"L = 50": 50, "L = 200": 200}
 GRADIENT = "branch_grad_norm"
-"""With respect to what comes out of each block: x_1 … x_L."""
+"""With respect to the branch, and so to what comes out of the block: x_1 … x_L."""
 
 
 def spec(depth: int) -> dict[str, Any]:
@@ -93,9 +93,7 @@ FINDING = Finding(
             "ln g_1/g_L, L = 200 over L = 50",
             ("L = 200", "L = 50"),
             DEEPER,
-            between(
-                1.9, 2.5, float(profile(200).log_gradient[1] / profile(50).log_gradient[1])
-            ),
+            between(1.9, 2.5, float(profile(200).log_gradient[1] / profile(50).log_gradient[1])),
         ),
     ),
     recorded="not run",

@@ -195,6 +195,26 @@ def over_arms(
     return read
 
 
+def running_accuracy(record: Record, batches: int = 10) -> tuple[Array, Array]:
+    """Reader of a curve: updates, and the mean training-mode accuracy of so many last batches.
+
+    Raises:
+        GradflowError: no steps were recorded.
+    """
+    steps = record.table("steps")
+    if steps is None:
+        raise GradflowError("steps: none were recorded")
+    means = np.convolve(steps["accuracy"].to_numpy(), np.full(batches, 1 / batches), "valid")
+    return np.arange(batches, batches + float(len(means))), means
+
+
+def updates_to(record: Record, accuracy: float) -> float:
+    """Updates until `running_accuracy` reaches this; infinite where it never does."""
+    updates, means = running_accuracy(record)
+    reached = updates[means >= accuracy - 1e-9]
+    return float(reached[0]) if len(reached) else math.inf
+
+
 def growth_of(norms: ArrayLike, *, trim: int = 4) -> float:
     """ρ, the *squared* growth of a norm per layer toward the input, by least squares of ln norm².
 

@@ -301,3 +301,10 @@ def test_bad_values_of_convolutions(options: dict[str, object], message: str) ->
 def test_an_input_of_another_size_is_one_line() -> None:
     with pytest.raises(SpecError, match="width=6: the input has 12 features"):
         chain(2, 6, seed=0)(torch.zeros(2, 3, 2, 2))
+
+
+def test_the_input_may_be_scaled():
+    x = torch.randn(2, 4, 8, 8)
+    options = {"activation": "tanh", "seed": 3}
+    scaled = conv_chain(5, 4, scale=0.1, **options)
+    assert torch.equal(scaled(x), conv_chain(5, 4, **options)(0.1 * x))

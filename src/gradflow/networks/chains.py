@@ -38,18 +38,21 @@ class Chain(nn.Module):
 
     Args:
         features: how many the input is to have when it is flattened; None leaves it as it is.
+        scale: factor on the input.
     """
 
-    def __init__(self, blocks: Sequence[ChainBlock], features: int | None = None) -> None:
+    def __init__(
+        self, blocks: Sequence[ChainBlock], features: int | None = None, scale: float = 1.0
+    ) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.scale = features, scale
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.features is not None:
             x = x.flatten(1)
             check_features(self.features, x)
-        y: Tensor = self.blocks(x)
+        y: Tensor = self.blocks(x if self.scale == 1 else self.scale * x)
         return y
 
 
@@ -168,6 +171,7 @@ def conv_chain(
     sigma_b: float | None = None,
     kernel: int = 3,
     padding: str = "circular",
+    scale: float = 1.0,
     seed: int | None = None,
     dtype: str = "float32",
 ) -> Chain:
@@ -179,6 +183,7 @@ def conv_chain(
     Args:
         kernel: height and width of the kernels, odd.
         padding: `circular`, or `zeros`, whose border takes something from every norm.
+        scale: factor on the input, whose length decides how far tanh bends.
         seed, dtype: as for `chain`.
 
     Raises:
@@ -206,7 +211,7 @@ def conv_chain(
         return ChainBlock(branch, Skip("none"))
 
     return initialized(
-        lambda: Chain([block() for _ in range(depth)]),
+        lambda: Chain([block() for _ in range(depth)], scale=scale),
         init,
         seed=seed,
         dtype=_dtype(dtype),
