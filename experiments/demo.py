@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(runs_dir: str, out: Path) -> int:
+    from experiments import load
     from gradflow import load_runs, report, sweep
     from gradflow.progress import Display
 
@@ -68,7 +69,7 @@ def _demo(runs_dir: str, out: Path) -> int:
     with Display() as display:
         result = sweep(SPECS, display=display, runs_dir=runs_dir, jobs=2, threads=1)
     runs = load_runs(runs_dir)
-    page = report.write_report(runs, out)
+    page = report.write_report(runs, out, findings=load().values())
     print(report.comparison(runs))
     print(page)
     return 1 if result.failures else 0

@@ -4,18 +4,19 @@ Source: Schoenholz et al. 2017 (arXiv 1611.01232), §4 and figure 5: 6ξ, ξ = �
 
 Measured: accuracy over the whole training split in evaluation mode after 120 updates, of tanh
 networks with σ_w² = 1, σ_b² = .05, where 6ξ = 21.8 layers; depths 8 and 20, below that, and 40 and
-80, about twice and four times as much.
+80, about twice and four times as much. Trainable is 90 %, not trainable is less than half of the
+way from chance to all.
 
 Deviations: width 256 and 8×8 digits in place of 300 and MNIST, SGD with momentum and a one-cycle
 schedule with a peak rate of .02.
 
-Cost: 20 runs trained, 1 minute on one core (3 s each).
+Cost: 40 runs trained, 2 minutes on one core (1 s at depth 8, 7 s at 80).
 """
 
 import math
 
 from gradflow import theory
-from gradflow.findings import TRAINED_SEEDS, Comparison, Curve, Figure, Finding, above, below
+from gradflow.findings import Comparison, Curve, Figure, Finding, above, below
 from gradflow.measures import metric, over_arms
 
 SIGMA_W2, SIGMA_B2 = 1.0, 0.05
@@ -47,14 +48,13 @@ FINDING = Finding(
             ARMS[depth],
             (ARMS[depth],),
             metric(),
-            above(0.9) if depth < REACH else below(0.5),
+            above(0.9) if depth < REACH else below(0.55),
             unit="accuracy",
             slow=depth == max(DEPTHS),
         )
         for depth in DEPTHS
     ),
     recorded="not run",
-    seeds=TRAINED_SEEDS,
     figure=Figure(
         (Curve("σ_w² = 1, σ_b² = .05", tuple(ARMS.values()), over_arms(DEPTHS)),),
         x="depth",

@@ -14,6 +14,7 @@ import numpy as np
 from crash import die
 
 from gradflow import schema
+from gradflow.measures import Imagined, imagined_layers
 from gradflow.spec import RunSpec
 from gradflow.store import RunWriter
 
@@ -189,6 +190,27 @@ def write_vanishing(store: Path, zeros: int = 5) -> Path:
     columns = {"step": [0] * 30, "layer": [row["layer"] for row in rows], "weight_grad_norm": norms}
     writer.append("weights", schema.table("weights", columns))
     writer.finish("done", steps=0, metrics={}, certificate=certificate(20, 0))
+    return writer.path
+
+
+def write_probe(store: Path, *, status: str = "done", **keys: Any) -> Path:
+    """A probe task of a finding: a few tables of an MLP at initialisation."""
+    spec = RunSpec(**{"network": "mlp", "depth": 10, "norm": "none", "skip": False,
+                      "data": {"name": "gaussian", "channels": 16, "size": 1},
+                      "probe": "propagation"} | keys)  # fmt: skip
+    return write_record(store, spec, imagined_layers("output_grad_norm", np.geomspace(1, 2, 10)),
+                        status=status)  # fmt: skip
+
+
+def write_record(store: Path, spec: RunSpec, record: Imagined, *, status: str = "done") -> Path:
+    """A run of this spec that has the tables and metrics of a made-up record."""
+    writer = RunWriter(store / spec.name, spec.to_dict())
+    for name, data in record.tables.items():
+        if name == "modules":
+            writer.write(name, data)
+        else:
+            writer.append(name, data)
+    writer.finish(status, steps=0, metrics=dict(record.metrics), certificate=certificate(8, 0))
     return writer.path
 
 

@@ -115,7 +115,7 @@ def test_seeds_that_agree_have_no_interval(value, word):
     assert found.word == word
     assert found.agree
     assert math.isnan(found.low)
-    assert findings.measured_words(found) == f"{value:.4g} (5 seeds agree)"
+    assert findings.measured_words(found) == f"{value:#.4g} (5 seeds agree)"
 
 
 def test_one_seed_decides_nothing():

@@ -6,11 +6,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import report_store
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from gradflow import plots, report, tables
+from gradflow import findings, plots, report, tables
 from gradflow.errors import GradflowError
+from gradflow.findings import (
+    Comparison,
+    Finding,
+    Verdict,
+    about,
+    above,
+    between,
+    exactly,
+    judge,
+)
+from gradflow.measures import metric
 from gradflow.store import load_runs
 
 
@@ -205,3 +217,251 @@ def test_figures_are_saved_in_three_formats_and_repeat(tmp_path):
         assert one.startswith(start)
         assert one == two
     assert ">initialisation<" in (tmp_path / "one.svg").read_text()  # text stays text
+
+
+# --- against theory -------------------------------------------------------------------------------
+
+LAYERS = np.arange(1.0, 11)
+
+
+def predicted(curves, seeds=(0,), **columns):
+    """The frame of an overlay: name -> (values, theory), each seed's values times (1 + seed)."""
+    parts = [
+        pd.DataFrame({"x": LAYERS, "value": values * (1 + seed), "theory": theory})
+        .assign(curve=name, seed=seed, **columns)
+        for name, (values, theory) in curves.items()
+        for seed in seeds
+    ]  # fmt: skip
+    return pd.concat(parts, ignore_index=True)
+
+
+def drawn_as(ax, dashed):
+    """The dashed lines of theory, or the points of means, as arrays of y."""
+    style = "--" if dashed else "None"
+    chosen = [line for line in lines(ax) if line.get_linestyle() == style and len(line.get_xdata())]
+    return [np.asarray(line.get_ydata(), float) for line in chosen if line.get_zorder() > 2]
+
+
+def test_an_overlay_tells_both_slopes_and_their_gap():
+    frame = predicted(
+        {
+            "steep": (np.exp(0.33 * LAYERS), np.exp(0.3 * LAYERS)),
+            "flat": (np.exp(-0.002 * LAYERS), np.exp(0.03 * LAYERS)),
+            "free": (LAYERS, np.nan),
+        },
+        seeds=(0, 1, 3),
+    )
+    told = plots.slopes(frame)
+    assert told["curve"].tolist() == ["steep", "flat"]
+    np.testing.assert_allclose(told["measured"], [0.33, -0.002])
+    np.testing.assert_allclose(told["theory"], [0.3, 0.03])
+    assert told["gap"][0] == pytest.approx(0.1)
+    assert math.isnan(told["gap"][1])
+    figure = plots.overlay(frame, x="layer", y="squared norm")
+    assert texts(figure) == [
+        "steep: slope 0.33, theory 0.3, gap +10.0 %",
+        "flat: slope −0.002, theory 0.03, gap −0.032",
+        "free",
+        "mean over seeds", "each seed", "theory",
+    ]  # fmt: skip
+    (ax,) = figure.axes
+    assert ax.get_yscale() == "log"
+    means = drawn_as(ax, dashed=False)
+    np.testing.assert_allclose(means[0], np.exp(0.33 * LAYERS) * 2)  # ∛(1·2·4) = 2
+    seeds = [line.get_ydata() for line in lines(ax) if line.get_linewidth() == 0.7]
+    np.testing.assert_allclose(seeds[2], np.exp(0.33 * LAYERS) * 4)
+    colors = [line.get_color() for line in lines(ax) if line.get_linestyle() == "--"]
+    points = [line.get_color() for line in lines(ax) if line.get_marker() in ("o", "s")]
+    assert colors[:2] == points[:2]
+
+
+def test_slopes_of_a_linear_axis_are_of_the_values():
+    told = plots.slopes(predicted({"a": (3 * LAYERS, 4 * LAYERS)}, seeds=(0, 1)), log=False)
+    assert told[["measured", "theory", "gap"]].to_numpy() == pytest.approx(
+        np.array([[4.5, 4.0, 0.125]])
+    )
+    figure = plots.overlay(predicted({"a": (3 * LAYERS, 4 * LAYERS)}), log=False)
+    assert figure.axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize(("log", "mean"), [(True, 2.0), (False, 7 / 3)])
+def test_a_shape_is_moved_onto_the_mean_at_the_last_place_known(log, mean):
+    values = np.exp(0.2 * LAYERS)
+    values[-1] = 0 if log else np.inf  # the last place is not known
+    frame = predicted({"a": (values, 100 * np.exp(0.3 * LAYERS))}, seeds=(0, 1, 3), scaled=True)
+    (theory,) = drawn_as(plots.overlay(frame, log=log).axes[0], dashed=True)
+    np.testing.assert_allclose(theory, mean * np.exp(0.2 * 9 + 0.3 * (LAYERS - 9)))
+    if log:
+        assert plots.slopes(frame)["theory"][0] == pytest.approx(0.3)
+
+
+def test_zeros_and_non_finite_values_leave_slopes_and_stay_visible():
+    values = np.exp(0.5 * LAYERS)
+    values[:3] = [0.0, np.nan, np.inf]
+    frame = predicted({"a": (values, np.exp(0.5 * LAYERS))})
+    assert plots.slopes(frame)["measured"][0] == pytest.approx(0.5)
+    figure = plots.overlay(frame)
+    (zeros,), (infinite,) = lines(figure.axes[0], "v"), lines(figure.axes[0], "x")
+    assert list(zeros.get_xdata()) == [1]
+    assert list(infinite.get_xdata()) == [2, 3]
+    assert texts(figure)[-2:] == ["exactly zero", "NaN or Inf"]
+
+
+def test_a_profile_of_ones_own_beside_its_theory():
+    frame = pd.DataFrame({"x": LAYERS, "value": 1.2**-LAYERS, "theory": 1.25**-LAYERS})
+    figure = plots.overlay(frame, x="layer", y="squared norm of the gradient")
+    gap = 100 * (math.log(1.2) / math.log(1.25) - 1)
+    assert texts(figure)[0] == f"slope −0.182, theory −0.223, gap −{-gap:.1f} %"
+    assert texts(figure)[1:] == ["measured", "theory"]
+    alone = plots.overlay(frame[["x", "value"]])
+    assert texts(alone) == ["measured"]
+    assert len(plots.slopes(frame[["x", "value"]])) == 0
+    with pytest.raises(GradflowError, match="nothing measured"):
+        plots.overlay(pd.DataFrame({"x": [], "value": []}))
+
+
+def test_eight_curves_have_colours_of_their_own_and_arms_keep_theirs():
+    names = ["plain", "residual", *(f"σ = {k}" for k in range(6))]
+    styles = plots._overlay_styles(names)
+    assert styles["plain"] == plots._STYLES["plain"]
+    assert styles["residual"] == plots._STYLES["residual"]
+    assert len({color for color, *_ in styles.values()}) == 8
+    assert len({marker for *_, marker in styles.values()}) == 8
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def decided(*rows):
+    """A verdict on comparisons: (name, region, values) and keys of a Comparison."""
+    results = []
+    for name, region, values, keys in rows:
+        asked = Comparison(name, ("a",), metric(), region, **keys)
+        results.append(judge(asked, dict(enumerate(values, 100)), len(rows)))
+    asked = tuple(result.comparison for result in results)
+    found = Finding("nobody", "skips", {"a": {}}, asked, "not run", id="made up")
+    return Verdict(found, tuple(results))
+
+
+def around(mean, spread=0.01):
+    return [mean * factor for factor in (1 - spread, 1, 1 + spread)]
+
+
+def test_effects_draw_seeds_mean_interval_region_and_theory():
+    values = [0.97, 1.0, 1.05]
+    verdict = decided(("ρ, he", about(1.0, 0.2), values, {"ratio": True, "unit": "ρ"}))
+    (result,) = verdict.results
+    figure = plots.effects(verdict)
+    (ax,) = figure.axes
+    assert ax.get_xscale() == "linear"  # less than a factor of three
+    assert ax.get_xlabel() == "ρ"
+    (region,) = ax.collections[:1]
+    x = region.get_paths()[0].vertices[:, 0]
+    assert (x.min(), x.max()) == pytest.approx((0.8, 1.2))
+    drawn = lines(ax)
+    assert any(np.array_equal(line.get_xdata(), [1.0, 1.0]) for line in drawn)  # theory
+    assert any(np.array_equal(line.get_xdata(), values) for line in drawn)
+    (bars,) = ax.containers
+    assert bars.lines[0].get_xdata() == pytest.approx([result.mean])
+    assert bars.lines[2][0].get_segments()[0][:, 0] == pytest.approx([result.low, result.high])
+    words = [text.get_text() for text in ax.texts]
+    assert words == [result.word, findings.measured_words(result)]
+    assert texts(figure) == ["declared region", "theory", "each seed", "mean and interval"]
+
+
+def test_verdicts_differ_in_colour_marker_and_word():
+    verdict = decided(
+        ("yes", above(0.5), around(0.9), {}),
+        ("no", above(0.5), around(0.3), {}),
+        ("perhaps", above(0.5), around(0.5), {}),
+        ("never", above(0.5), [], {}),
+    )
+    figure = plots.effects(verdict)
+    bars = [bar.lines[0] for ax in figure.axes for bar in ax.containers]
+    assert len({line.get_marker() for line in bars}) == 3
+    assert len({line.get_color() for line in bars}) == 3
+    words = {text.get_text().split(" (")[0] for ax in figure.axes for text in ax.texts}
+    assert {"reproduced", "contradicted", "inconclusive", "not run"} <= words
+    for line, result in zip(bars, verdict.results, strict=False):
+        said = [t for ax in figure.axes for t in ax.texts if t.get_text().startswith(result.word)]
+        assert said[0].get_color() == line.get_color()
+
+
+def panels(verdict):
+    return [
+        [result.comparison.name for result in panel] for panel in plots._panels(verdict.results)
+    ]
+
+
+def test_what_cannot_share_an_axis_has_its_own():
+    ratio = {"ratio": True, "unit": "norm ratio"}
+    verdict = decided(
+        ("plain 20", about(9.6, 0.2), around(9.6), ratio),
+        ("plain 56", about(4.2e3, 0.2), around(4.2e3), ratio),
+        ("residual 20", about(12.0, 0.2), around(12), ratio),
+        ("accuracy 20", above(0.9), around(0.95), {"unit": "accuracy"}),
+        ("identity", exactly(1.0, 1e-12), [1.0] * 3, {}),
+        ("other identity", exactly(0.5, 1e-12), [0.5] * 3, {"unit": "accuracy"}),
+    )
+    assert panels(verdict) == [
+        ["plain 20", "residual 20"], ["plain 56"], ["accuracy 20"], ["identity", "other identity"]
+    ]  # fmt: skip
+    wide = decided(("decades", between(1, 1e6), [10.0, 1e3, 1e5], ratio))
+    assert plots.effects(wide).axes[0].get_xscale() == "log"
+
+
+def test_identities_are_told_in_words():
+    verdict = decided(
+        ("identity", exactly(1.0, 1e-12), [1.0] * 3, {}),
+        ("nearly", exactly(0.0, 1e-3), [1e-4, -2.5e-4], {}),
+    )
+    (ax,) = plots.effects(verdict).axes
+    assert [text.get_text() for text in ax.texts] == [
+        "reproduced", "no difference (3 seeds)", "exact: 1 ± 1e-12",
+        "reproduced", "off by 0.00025 at most (2 seeds)", "exact: 0 ± 0.001",
+    ]  # fmt: skip
+    assert not lines(ax)
+
+
+def test_a_seed_that_is_not_finite_is_marked():
+    verdict = decided(("a", above(0.5), [0.6, math.nan, 0.7], {}))
+    figure = plots.effects(verdict)
+    (ax,) = figure.axes
+    assert len(lines(ax, "x")) == 1
+    assert texts(figure)[-1] == "NaN or Inf"
+    assert [text.get_text() for text in ax.texts] == ["inconclusive (no finite value at seed 101)"]
+
+
+def test_nothing_measured_is_one_clear_error():
+    with pytest.raises(GradflowError, match="made up: nothing measured to draw"):
+        plots.effects(decided(("never", above(0.5), [], {})))
+
+
+def test_twelve_rows_are_legible():
+    """No text overlaps another one or leaves the figure."""
+    long = "the norm of the first layer's gradient over the last one's"
+    rows = [(f"{long}, depth {d}", about(10.0**d, 0.2), around(10.0**d), {"ratio": True})
+            for d in range(6)]  # fmt: skip
+    rows += [(f"{long}, {d}", above(0.5), around(0.5), {"unit": "accuracy"}) for d in range(4)]
+    rows += [(f"{long}, at {d}", exactly(d, 1e-9), [d] * 3, {}) for d in range(2)]
+    figure = plots.effects(decided(*rows))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = []
+    for ax in figure.axes:
+        shown = [*ax.texts, *ax.get_yticklabels(), *ax.get_xticklabels(), ax.xaxis.label]
+        low, high = ax.get_xlim()
+        ticks = [t for t in ax.get_xticklabels() if not low <= t.get_position()[0] <= high]
+        shown = [text for text in shown if text.get_text() and text not in ticks]
+        shown = shown if ax.xaxis.get_visible() else [*ax.texts, *ax.get_yticklabels()]
+        boxes += [text.get_window_extent(canvas.get_renderer()) for text in shown]
+    boxes += [text.get_window_extent() for text in figure.legends[0].get_texts()]
+    assert len(boxes) > 40
+    whole = figure.bbox
+    for place, box in enumerate(boxes):
+        assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
+        for other in boxes[:place]:
+            assert min(box.x1, other.x1) - max(box.x0, other.x0) < 2 or (
+                min(box.y1, other.y1) - max(box.y0, other.y0) < 2
+            )

@@ -8,56 +8,19 @@ import shutil
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import report_store
+from html_page import Page
 
-from gradflow import captions, cli, plots, report, schema, store
+from gradflow import captions, cli, page, plots, report, schema, store
 from gradflow.errors import GradflowError
 from gradflow.spec import RunSpec
 from gradflow.store import Run, load_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order, and collects attributes, tables and images."""
-
-    VOID = ("meta", "img", "br", "link")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.resources, self.links, self.images, self.ids = [], [], [], [], []
-        self.rows: list[list[str]] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if "src" in values:
-            self.resources.append(values["src"])
-        if "href" in values:
-            self.links.append(values["href"])
-        if "id" in values:
-            self.ids.append(values["id"])
-        if tag == "img":
-            self.images.append(values)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +302,100 @@ def test_many_groups_are_in_the_tables_and_few_are_drawn(tmp_path, fast, monkeyp
     assert text.count('id="figure-degradation') == 1
     for rate in ("0.01", "0.02", "0.05"):
         assert f"<h3>lr={rate}</h3>" in text
+
+
+def test_probe_tasks_are_counted_and_left_out(tmp_path, fast, capsys):
+    """They are in no frame, and none of their tables is read."""
+    report_store.write_run(tmp_path / "runs", 0.25, depth=8, skip="none")
+    for seed in range(3):
+        path = report_store.write_probe(tmp_path / "runs", seed=seed)
+        (path / "outputs.parquet").write_bytes(b"PAR1 cut off")
+    runs = load_runs(tmp_path / "runs")
+    found = report.gather(runs)
+    assert len(found.overview) == len(found.members) == 1
+    assert set(found.profiles["run"]) == {found.members[0].path.name}
+    assert found.problems == []
+    _, text = only(tmp_path / "runs", tmp_path)
+    assert "1 runs in" in text
+    assert "; 3 probe tasks: not shown; report of" in text
+    assert "mlp-" not in text
+    assert report.main([str(tmp_path / "runs"), "--text"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("3 probe tasks: python -m analysis makes their atlas\n\n")
+    assert "mlp-" not in told
+
+
+def test_probe_tasks_alone(tmp_path, capsys):
+    path = report_store.write_probe(tmp_path / "runs", status="failed")
+    out = tmp_path / "report"
+    assert report.main([str(path.parent), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"no finished runs to compare\n\n{out / 'index.html'}\n"
+    text = Page((out / "index.html").read_text(encoding="utf-8"))
+    assert text.images == []
+    assert "1 probe task (1 not done): not shown" in (out / "index.html").read_text("utf-8")
+    assert report.main([str(path.parent), "--text"]) == 0
+    told = capsys.readouterr().out
+    assert told == "1 probe task (1 not done): python -m analysis makes their atlas\n"
+    assert report.comparison(load_runs(path.parent)) == "no finished runs to compare"
+
+
+def test_probe_tasks_alone_beside_what_cannot_be_read(tmp_path):
+    report_store.write_probe(tmp_path / "runs")
+    report_store.write_corrupted(tmp_path / "runs")
+    _, text = only(tmp_path / "runs", tmp_path)
+    assert "cifar-20-none-s9-0000000000/run.json: unreadable" in text
+
+
+def test_a_users_own_word_for_a_probe_is_no_probe_task(tmp_path):
+    report_store.write_external(tmp_path, "mine", {"probe": "shattering", "max_steps": 0})
+    assert len(report.gather(load_runs(tmp_path)).members) == 1
+
+
+def test_many_probe_tasks_are_no_burden(tmp_path, monkeypatch):
+    """What a thousand of them take is the reading of their run.json and spec.json."""
+    report_store.write_run(tmp_path, 0.25, depth=8, skip="none")
+    first = report_store.write_probe(tmp_path)
+    for number in range(300):
+        shutil.copytree(first, tmp_path / f"{first.name[:-10]}{number:010d}")
+    read = []
+    monkeypatch.setattr(Run, "_read", lambda run, name: read.append(run.path.name))
+    began = time.process_time()
+    report.text_report(load_runs(tmp_path))
+    assert time.process_time() - began < 3
+    assert all(name.startswith("cifar") for name in read)
+
+
+def test_a_page_of_an_older_report_goes_with_its_files(tmp_path):
+    def compose(*names):
+        def write(directory):
+            for name in names:
+                one = page.Page(directory)
+                one.csv(name, pd.DataFrame({"a": [1]}))
+                one.text(page.link(f"tables/{name}.csv", name))
+                one.text(page.link("index.html", "back"))
+                one.write(name, name, f"{name}.html")
+            index = page.Page(directory)
+            for name in names:
+                index.text(page.Html(f"{page.link(f'{name}.html', name)}, a < b"))
+            index.write("all", "of them")
+
+        return write
+
+    out = tmp_path / "out"
+    page.publish(out, compose("atlas", "other"))
+    (out / "mine.html").write_text("a user's own")
+    page.publish(out, compose("other"))
+    left = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert left == ["index.html", "mine.html", "other.html", "tables/other.csv"]
+
+
+def test_html_stays_html_and_text_is_escaped(tmp_path):
+    one = page.Page(tmp_path)
+    one.table(pd.DataFrame({"a": [page.link("x.html", "a<b"), "<i>"]}, dtype=object))
+    one.heading("1 < 2", "anchor")
+    assert '<td><a href="x.html">a&lt;b</a></td>' in one.parts[0]
+    assert "<td>&lt;i&gt;</td>" in one.parts[0]
+    assert one.parts[1] == '<h3 id="anchor">1 &lt; 2</h3>'
 
 
 # --- words ----------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_cost_grows_with_images_depth_and_the_square_of_width():
     assert cost(at.but(depth=20)) / cost(at) == 20 / 8
     assert cost(at.but(width=32)) / cost(at) == 4
     assert cost(at.but(max_steps=300)) / cost(at) == 8000 / 4000
-    assert cost(RunSpec(network=NetworkSpec(target="a.b"), max_steps=0)) == 2000
+    assert cost(RunSpec(network=NetworkSpec(target="a.b"), max_steps=0)) == 2000 * 20 * 64**2
 
 
 # --- side by side ---------------------------------------------------------------------------------

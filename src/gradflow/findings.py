@@ -451,6 +451,8 @@ def measured_words(result: Result) -> str:
         return NOT_RUN
     digits = _digits(result)
     seeds = "one seed" if count == 1 else f"{count} seeds"
+    if math.isnan(result.mean):
+        return f"not finite ({seeds})"
     if result.comparison.region.exact:
         low, high = min(result.values), max(result.values)
         return f"{low:.17g} to {high:.17g} ({seeds})" if low < high else f"{low:.17g} ({seeds})"
@@ -463,7 +465,7 @@ def measured_words(result: Result) -> str:
 
 
 def _digits(result: Result) -> str:
-    return ".3g" if abs(result.mean) >= 1000 or abs(result.mean) < 0.01 else ".4g"
+    return ".3g" if abs(result.mean) >= 1000 or abs(result.mean) < 0.01 else "#.4g"
 
 
 def region_words(region: Region) -> str:

@@ -190,6 +190,11 @@ def _drawable(values: ArrayLike) -> NDArray[np.float64]:
     return np.where(np.isfinite(array) & (array > 0), array, np.nan)
 
 
+def _shown(values: NDArray[np.float64], log: bool) -> NDArray[np.float64]:
+    """What an axis cannot show becomes NaN, a gap in the line."""
+    return _drawable(values) if log else np.where(np.isfinite(values), values, np.nan)
+
+
 def _log_line(
     ax: Axes, x: ArrayLike, y: ArrayLike, style: tuple[str, Any, str], offset: float = 0
 ) -> None:
@@ -546,9 +551,8 @@ def _curve_panel(
         last, path = run[run["final"]], run[~run["final"]].sort_values("step")
         y = path["value"].to_numpy(dtype=float)
         few = marker if len(y) <= 15 else ""
-        shown = _drawable(y) if log else np.where(np.isfinite(y), y, np.nan)
         ax.plot(
-            path["step"], shown, color=color, linestyle=dashes,
+            path["step"], _shown(y, log), color=color, linestyle=dashes,
             marker=few, markersize=2.5, linewidth=1, alpha=0.85,
         )  # fmt: skip
         ax.plot(last["step"], last["value"], marker, color=color, mfc="white", markersize=4.5)
@@ -600,7 +604,7 @@ def blocks(frame: pd.DataFrame, *, title: str = "") -> Figure:
 
 # --- against theory -------------------------------------------------------------------------------
 
-_FLAT = 0.05
+_FLAT = 0.3
 """Theory that changes by less than this share over all places has no relative gap of slopes."""
 
 
@@ -638,12 +642,13 @@ def overlay(
     if log:
         _log_limits([ax], data[["value", "theory"]].to_numpy())
     drawn: set[str] = set()
-    for name in names:
-        drawn |= _overlay_curve(ax, data[data["curve"] == name], styles[name], log=log)
-    ax.set_xlabel(x)
-    ax.set_ylabel("\n".join(textwrap.wrap(y, 40)))
-    if (data["x"] == data["x"].round()).all():
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    for place, name in enumerate(names):
+        part = data[data["curve"] == name]
+        drawn |= _overlay_curve(ax, part, styles[name], place / len(names), log=log)
+    ax.set_xlabel(x, fontsize=9)
+    ax.set_ylabel("\n".join(textwrap.wrap(y, 46)), fontsize=9)
+    whole = bool((data["x"] == data["x"].round()).all())
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=whole))
     told = slopes(data, log=log).set_index("curve")["text"]
     labels = {name: ": ".join(filter(None, [name, told.get(name, "")])) for name in names}
     handles = [
@@ -652,8 +657,7 @@ def overlay(
         for name, label in labels.items()
         if label
     ]  # fmt: skip
-    several = bool(data.groupby("curve")["seed"].nunique().max() > 1)
-    key = _overlay_key(several, bool(data["theory"].notna().any())) + _edge_handles(drawn)
+    key = _overlay_key(data) + _edge_handles(drawn)
     _legend(figure, handles, title, columns=2 if max(map(len, labels.values())) <= 50 else 1)
     figure.legend(handles=key, loc="outside lower center", ncols=len(key), fontsize=8)
     return figure
@@ -668,7 +672,7 @@ def slopes(frame: pd.DataFrame, *, log: bool = True) -> pd.DataFrame:
     Returns:
         A row a curve that has a theory: curve, measured and theory (of ln y per unit of x, or of
         y), gap (measured/theory − 1, above zero where the measured profile is the steeper one; NaN
-        where theory is flat: it changes by less than 5 % over all places) and `text`. Places are
+        where theory is flat: it changes by less than 30 % over all places) and `text`. Places are
         left out at which either is zero, not finite or unknown.
     """
     rows = []
@@ -688,14 +692,14 @@ def slopes(frame: pd.DataFrame, *, log: bool = True) -> pd.DataFrame:
 
 
 def _number(value: float, style: str = ".3g") -> str:
-    """Noise of the arithmetic is no slope."""
-    return f"{0.0 if abs(value) < 1e-12 else value:{style}}".replace("-", "−")
+    """In plain characters; noise of the arithmetic is no slope, and zero has no sign."""
+    text = f"{0.0 if abs(value) < 1e-12 else value:{style}}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
 def _fits(run: pd.DataFrame, log: bool) -> tuple[float, float, float] | None:
     """Slopes of one seed, and by which share its theory changes over all places."""
-    both = run[["value", "theory"]].to_numpy()
-    both = _drawable(both) if log else np.where(np.isfinite(both), both, np.nan)
+    both = _shown(run[["value", "theory"]].to_numpy(), log)
     known = ~np.isnan(both).any(axis=1)
     places = run["x"].to_numpy()[known]
     if len(np.unique(places)) < 2:
@@ -719,8 +723,7 @@ def _curves_of(frame: pd.DataFrame, log: bool) -> pd.DataFrame:
 
 def _factor(part: pd.DataFrame, log: bool) -> float:
     """By what a curve's theory is multiplied to meet the mean over seeds at the last place."""
-    both = part[["value", "theory"]].to_numpy()
-    both = _drawable(both) if log else np.where(np.isfinite(both), both, np.nan)
+    both = _shown(part[["value", "theory"]].to_numpy(), log)
     known = part[~np.isnan(both).any(axis=1)]
     last = known[known["x"] == known["x"].max()]
     if last.empty:
@@ -740,41 +743,44 @@ def _overlay_styles(names: Sequence[str]) -> dict[str, tuple[str, Any, str]]:
 
 
 def _overlay_curve(
-    ax: Axes, part: pd.DataFrame, style: tuple[str, Any, str], *, log: bool
+    ax: Axes, part: pd.DataFrame, style: tuple[str, Any, str], offset: float, *, log: bool
 ) -> set[str]:
+    """One curve; `offset` of points and dashes, in [0, 1), so that equal curves are all seen."""
     color, _, marker = style
     pale = tuple(0.4 * np.array(to_rgb(color)) + 0.6)
     drawn: set[str] = set()
     for _, run in part.groupby("seed", sort=False):
         values = run["value"].to_numpy()
-        shown = _drawable(values) if log else np.where(np.isfinite(values), values, np.nan)
-        ax.plot(run["x"], shown, color=pale, linewidth=0.7, zorder=2)
+        ax.plot(run["x"], _shown(values, log), color=pale, linewidth=0.7, zorder=2)
         drawn |= _edge_marks(ax, run["x"], values, color, zeros=log)
     means, theory = _over_seeds(part, "value", log), _over_seeds(part, "theory", log)
     joined = theory.isna().all() and len(part) == len(means) * part["seed"].nunique()
+    every = max(1, math.ceil(len(means) / 25))
     ax.plot(
-        means.index, means, color=color, marker=marker, markersize=3, mew=0, zorder=3,
-        markevery=max(1, math.ceil(len(means) / 40)), linestyle="-" if joined else "",
+        means.index, means, color=color, marker=marker, markersize=3.5, mew=0, zorder=3,
+        markevery=(int(offset * every), every), linestyle="-" if joined else "",
     )  # fmt: skip
-    ax.plot(theory.index, theory, color=color, linestyle=_DASHES, linewidth=1.3, zorder=4)
+    start, dashes = _DASHES
+    dashed = (start + offset * sum(dashes), dashes)
+    ax.plot(theory.index, theory, color=color, linestyle=dashed, linewidth=1.3, zorder=4)
     return drawn
 
 
 def _over_seeds(part: pd.DataFrame, column: str, log: bool) -> pd.Series:
     """Mean over seeds at each x, of the logarithm where `log`; NaN where one cannot be drawn."""
-    values = part[column].to_numpy()
-    values = np.log(_drawable(values)) if log else np.where(np.isfinite(values), values, np.nan)
+    values = _shown(part[column].to_numpy(), log)
+    values = np.log(values) if log else values
     means = part.assign(shown=values).groupby("x")["shown"].agg(lambda s: s.mean(skipna=False))
     return means.map(np.exp) if log else means
 
 
-def _overlay_key(several: bool, predicted: bool) -> list[Line2D]:
-    mean = Line2D([], [], color="0.3", linestyle="", marker="o", markersize=3.5, label="measured")
-    found = [mean]
-    if several:
-        mean.set_label("mean over seeds")
+def _overlay_key(data: pd.DataFrame) -> list[Line2D]:
+    several = data.groupby(["curve", "x"])["seed"].nunique().max() > 1
+    label = "mean over seeds" if several else "measured"
+    found = [Line2D([], [], color="0.3", linestyle="", marker="o", markersize=3.5, label=label)]
+    if data["seed"].nunique() > 1:
         found.append(Line2D([], [], color="0.7", linewidth=0.7, label="each seed"))
-    if predicted:
+    if data["theory"].notna().any():
         found.append(Line2D([], [], color="0.3", linestyle=_DASHES, linewidth=1.3, label="theory"))
     return found
 
@@ -860,7 +866,7 @@ def _extent(result: Result) -> tuple[float, float]:
 
 def _effects_panel(ax: Axes, panel: Sequence[Result]) -> set[str]:
     ax.set_ylim(len(panel) - 0.5, -0.5)
-    names = ["\n".join(textwrap.wrap(result.comparison.name, 30)) for result in panel]
+    names = ["\n".join(textwrap.wrap(result.comparison.name, 34)) for result in panel]
     ax.set_yticks(range(len(panel)), names, fontsize=8)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
@@ -934,13 +940,18 @@ def _row_words(ax: Axes, row: int, result: Result) -> None:
     place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center"}
     reason = f" ({result.reason})" if result.reason else ""
     ax.text(1.02, row - 0.2, f"{result.word}{reason}", size=8, color=color, weight="bold", **place)
-    if math.isfinite(result.mean):
-        ax.text(1.02, row + 0.2, measured_words(result), size=7.5, color="0.2", **place)
     region = result.comparison.region
+    if math.isfinite(result.mean):
+        words = _exact_words(result) if region.exact else measured_words(result)
+        ax.text(1.02, row + 0.2, words, size=7.5, color="0.2", **place)
     if region.exact:
-        ax.text(
-            0.5, row, f"exact: {region_words(region)}", size=8, ha="center", color="0.2", **place
-        )
+        words = f"exact: {region_words(region)}"
+        ax.text(0.5, row, words, size=8, ha="center", color="0.2", **place)
+
+
+def _exact_words(result: Result) -> str:
+    off = max(abs(value - (result.comparison.region.theory or 0.0)) for value in result.values)
+    return f"{f'off by {off:.2g} at most' if off else 'no difference'} ({len(result.values)} seeds)"
 
 
 def _effects_handles(drawn: set[str]) -> list[Any]:

@@ -8,31 +8,25 @@ Everything on the page is computed from what was recorded; nothing is trained or
 from __future__ import annotations
 
 import argparse
-import base64
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gradflow import captions, schema, status, tables
+from gradflow import atlas, captions, schema, status, tables
 from gradflow.errors import GradflowError, StoreError
+from gradflow.findings import Finding
+from gradflow.page import Page, publish
 from gradflow.store import FINISHED, Run, Runs, load_runs
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 QUANTITY = "weight_grad_norm"
 TOLD_RUNS = 24
@@ -46,7 +40,10 @@ DRAWN_GROUPS = 6
 
 @dataclass
 class Material:
-    """The frames that figures and tables are made of; `problems` name what cannot be read."""
+    """The frames that figures and tables are made of.
+
+    `problems` name what cannot be read; `probes` are the probe tasks, which are in no frame.
+    """
 
     members: list[Run]
     overview: pd.DataFrame
@@ -56,6 +53,7 @@ class Material:
     curves: pd.DataFrame = field(default_factory=pd.DataFrame)
     blocks: pd.DataFrame = field(default_factory=pd.DataFrame)
     problems: list[str] = field(default_factory=list)
+    probes: list[Run] = field(default_factory=list)
 
     def of(self, group: int) -> Material:
         """What belongs to one group of comparable runs."""
@@ -76,11 +74,14 @@ def gather(runs: Runs) -> Material:
         GradflowError: there is no run at all.
     """
     members, problems = _distinct(runs)
+    probes = list(filter(_is_probe, runs))
     if not members:
-        raise GradflowError("; ".join(["no runs that can be read", *problems]))
+        if not probes:
+            raise GradflowError("; ".join(["no runs that can be read", *problems]))
+        return Material([], pd.DataFrame(), pd.DataFrame(), problems=problems, probes=probes)
     distinct = Runs(members)
     overview = tables.overview(distinct)
-    found = Material(members, overview, tables.pairs(distinct, overview))
+    found = Material(members, overview, tables.pairs(distinct, overview), probes=probes)
     extras = _extra_layers(members, found.pairs)
     readers: dict[str, Callable[[Run], pd.DataFrame]] = {
         "profiles": lambda run: _profiles(run, extras.get(run.path.name, set())),
@@ -125,10 +126,18 @@ def _extra_layers(members: Sequence[Run], pairs: pd.DataFrame) -> dict[str, set[
     return found
 
 
+def _is_probe(run: Run) -> bool:
+    """Whether a run is a probe of a network at initialisation: a number for a finding, no more."""
+    if run.record.get("origin") != "gradflow" or run.spec.get("max_steps") != 0:
+        return False
+    return (run.spec.get("probe") or {}).get("name") is not None
+
+
 def _distinct(runs: Runs) -> tuple[list[Run], list[str]]:
+    """The runs that are compared and shown, each once, and what is passed over."""
     seen: dict[str, Run] = {}
     problems = list(runs.problems)
-    for run in runs:
+    for run in (run for run in runs if not _is_probe(run)):
         first = seen.setdefault(run.run_id, run)
         if first is not run:
             problems.append(f"{run.path}: the same run as {first.path}")
@@ -137,6 +146,13 @@ def _distinct(runs: Runs) -> tuple[list[Run], list[str]]:
 
 def _problems(found: Material) -> list[str]:
     return [*found.problems, *_remarks(found.overview)]
+
+
+def _probe_words(probes: Sequence[Run], where: str) -> str:
+    """`412 probe tasks: see the atlas`, `2 probe tasks (1 not done): see the atlas`; or nothing."""
+    undone = sum(run.status != "done" for run in probes)
+    counted = f"{len(probes):,} probe task{'s' * (len(probes) != 1)}"
+    return f"{counted}{f' ({undone} not done)' * bool(undone)}: {where}" if probes else ""
 
 
 def _remarks(overview: pd.DataFrame) -> Iterator[str]:
@@ -244,11 +260,12 @@ def comparison(runs: Runs) -> str:
     members, _ = _distinct(runs)
     distinct = Runs(members)
     overview = tables.overview(distinct)
-    return _comparison_text(overview, tables.pairs(distinct, overview))
+    pairs = tables.pairs(distinct, overview) if members else overview
+    return _comparison_text(overview, pairs)
 
 
 def _comparison_text(overview: pd.DataFrame, pairs: pd.DataFrame) -> str:
-    frame = tables.comparison(overview, pairs)
+    frame = overview if overview.empty else tables.comparison(overview, pairs)
     if frame.empty:
         return "no finished runs to compare"
     blocks = []
@@ -280,166 +297,51 @@ def _text_table(frame: pd.DataFrame) -> str:
 
 # --- the page -------------------------------------------------------------------------------------
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="gradflow">
-<title>gradflow report: $title</title>
-<style>
-:root { color-scheme: light; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: #fff; color: #1a1a1a;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid #ddd; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; overflow-wrap: anywhere; }
-p, li { max-width: 50rem; }
-nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
-a { color: #00517f; }
-figure { margin: 1rem 0 1.5rem; }
-figcaption { max-width: 50rem; font-size: .9rem; color: #444; }
-.wide { overflow-x: auto; }
-.wide img { display: block; width: 100%; min-width: 34rem; max-width: 52rem; height: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; }
-thead th { border-bottom: 1px solid #888; white-space: nowrap; }
-tbody tr { border-bottom: 1px solid #eee; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-td:first-child { white-space: nowrap; }
-code, pre { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
-pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; }
-.note { color: #555; font-size: .9rem; }
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p class="note">$subtitle</p>
-<nav aria-label="Sections"><ul>$links</ul></nav>
-</header>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
 
-
-class _Page:
-    """Collects the page's sections, and writes its figures and tables beside it."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.links: list[str] = []
-        self.parts: list[str] = []
-        for name in ("figures", "tables"):
-            (directory / name).mkdir()
-
-    def section(self, anchor: str, heading: str) -> None:
-        self.links.append(f'<li><a href="#{anchor}">{escape(heading)}</a></li>')
-        self.parts.append(f'<h2 id="{anchor}">{escape(heading)}</h2>')
-
-    def heading(self, text: str) -> None:
-        if text:
-            self.parts.append(f"<h3>{escape(text)}</h3>")
-
-    def text(self, text: str, *, note: bool = False) -> None:
-        mark = ' class="note"' if note else ""
-        self.parts.append(f"<p{mark}>{escape(text)}</p>")
-
-    def items(self, lines: Sequence[str]) -> None:
-        self.parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
-
-    def code(self, lines: Sequence[str]) -> None:
-        self.parts.append(f"<pre><code>{escape(chr(10).join(lines))}</code></pre>")
-
-    def table(self, frame: pd.DataFrame, numbers: Sequence[str] = ()) -> None:
-        """A table as it stands; `numbers` are columns to be right-aligned."""
-
-        def cell(tag: str, name: str, text: object) -> str:
-            side = ' class="number"' if name in numbers else ""
-            scope = ' scope="col"' if tag == "th" else ""
-            return f"<{tag}{side}{scope}>{escape(str(text))}</{tag}>"
-
-        names = list(frame.columns)
-        head = "".join(cell("th", name, name) for name in names)
-        rows = (
-            "<tr>" + "".join(cell("td", n, v) for n, v in zip(names, row, strict=True)) + "</tr>"
-            for row in frame.to_numpy(dtype=object)
-        )
-        self.parts.append(
-            f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{''.join(rows)}</tbody></table></div>"
-        )
-
-    def csv(self, name: str, frame: pd.DataFrame, missing: str = "") -> None:
-        """Write a table's file; `missing` stands for a NaN in columns that are not Arrow-backed."""
-        frame.to_csv(self.directory / "tables" / f"{name}.csv", index=False, na_rep=missing)
-
-    def figure(self, name: str, figure: Figure, alt: str, caption: str) -> None:
-        stem = self.directory / "figures" / name
-        from gradflow import plots
-
-        files = plots.save(figure, stem)
-        image = base64.b64encode(files[0].read_bytes()).decode()
-        links = ", ".join(f'<a href="figures/{f.name}">{f.suffix[1:].upper()}</a>' for f in files)
-        self.parts.append(
-            f'<figure id="figure-{name}"><div class="wide">'
-            f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{image}"></div>'
-            f"<figcaption>{escape(caption)} ({links})</figcaption></figure>"
-        )
-
-    def write(self, title: str, subtitle: str) -> None:
-        page = _PAGE.substitute(
-            title=escape(title), subtitle=escape(subtitle), links="".join(self.links),
-            body="\n".join(self.parts),
-        )  # fmt: skip
-        (self.directory / "index.html").write_text(page, encoding="utf-8")
-
-
-def write_report(runs: Runs, out: str | Path = "report") -> Path:
+def write_report(
+    runs: Runs, out: str | Path = "report", *, findings: Iterable[Finding] = ()
+) -> Path:
     """Write `out/index.html`, self-contained, with `out/figures/` and `out/tables/`; its path.
 
     An older report is replaced file by file once the new one is whole, the page last.
 
+    Args:
+        findings: published findings; where any of their runs is there, `out/atlas.html` tells what
+            became of them all.
+
     Raises:
         GradflowError: no run that can be read, or `out` cannot be written.
     """
-    return _write(gather(runs), out)
+    return _write(gather(runs), out, _entries(runs, findings))
 
 
-def _write(found: Material, out: str | Path) -> Path:
-    directory = Path(out)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".new-", dir=directory))
-        try:
-            page = _Page(staging)
+def _entries(runs: Runs, findings: Iterable[Finding]) -> list[atlas.Entry]:
+    stores = dict.fromkeys(run.path.parent for run in runs)
+    entries = atlas.read(findings, list(stores))
+    return entries if any(entry.ran for entry in entries) else []
+
+
+def _write(found: Material, out: str | Path, entries: Sequence[atlas.Entry] = ()) -> Path:
+    def compose(directory: Path) -> None:
+        if entries:
+            atlas.write(directory, entries)
+        page = Page(directory)
+        if entries:
+            page.text(atlas.summary(entries))
+        if found.members:
             _compose(page, found)
-            page.write(_title(found), _subtitle(found))
-            _replace(staging, directory)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise GradflowError(f"{directory}: cannot be written ({error.strerror})") from None
-    return directory / "index.html"
+        else:
+            page.text("No run but probe tasks: there is nothing to compare here.")
+            page.items(found.problems)
+        page.write(_title(found), _subtitle(found, "see the atlas" if entries else "not shown"))
 
-
-def _replace(staging: Path, directory: Path) -> None:
-    old = directory / "index.html"
-    written = re.compile(r'(?:href=")((?:figures|tables)/[^"/]+)"')
-    before = set(written.findall(old.read_text(encoding="utf-8"))) if old.exists() else set()
-    new = [path for path in staging.rglob("*") if path.is_file() and path.name != "index.html"]
-    for path in [*new, staging / "index.html"]:
-        target = directory / path.relative_to(staging)
-        target.parent.mkdir(exist_ok=True)
-        path.replace(target)
-    for name in before - {str(path.relative_to(staging)) for path in new}:
-        (directory / name).unlink(missing_ok=True)
+    found.problems += [line for entry in entries for line in entry.problems]
+    return publish(out, compose)
 
 
 def _title(found: Material) -> str:
+    if not found.members:
+        return "Recorded runs"
     depths = sorted(found.overview["depth"].dropna().unique())
     arms = " and ".join(tables.ordered(found.overview["arm"]))
     if not depths:
@@ -447,15 +349,17 @@ def _title(found: Material) -> str:
     return f"{arms[0].upper()}{arms[1:]} networks of depth {', '.join(map(str, depths))}"
 
 
-def _subtitle(found: Material) -> str:
-    counts = found.overview["status"].value_counts()
+def _subtitle(found: Material, probes: str) -> str:
+    counts = pd.Series([run.status for run in found.members]).value_counts()
     places = dict.fromkeys(str(run.path.parent) for run in found.members)
     states = ", ".join(f"{count} {status}" for status, count in counts.items())
-    made = time.strftime("%Y-%m-%d %H:%M")
-    return f"{len(found.members)} runs in {', '.join(places)} ({states}); report of {made}"
+    runs = f"{len(found.members)} runs in {', '.join(places)} ({states})" if places else ""
+    made = f"report of {time.strftime('%Y-%m-%d %H:%M')}"
+    told = [runs, _probe_words(found.probes, probes), made]
+    return "; ".join(filter(None, told))
 
 
-def _compose(page: _Page, found: Material) -> None:
+def _compose(page: Page, found: Material) -> None:
     groups = [found.of(number) for number in sorted(found.overview["group"].unique())]
     shown = groups[:DRAWN_GROUPS]
     _write_tables(page, found)
@@ -475,7 +379,7 @@ def _compose(page: _Page, found: Material) -> None:
     page.parts.append(f"<p>Tables as files: {links}.</p>")
 
 
-def _write_tables(page: _Page, found: Material) -> None:
+def _write_tables(page: Page, found: Material) -> None:
     page.csv("runs", _sorted(found.overview))
     page.csv("pairs", found.pairs)
     page.csv("degradation", tables.degradation(found.overview))
@@ -490,7 +394,7 @@ def _write_tables(page: _Page, found: Material) -> None:
         page.csv("rates", tables.rates(found.profiles))
 
 
-def _heading(page: _Page, group: Material) -> str:
+def _heading(page: Page, group: Material) -> str:
     title = str(group.overview["title"].iloc[0])
     page.heading(title)
     return title
@@ -512,7 +416,7 @@ _INTERVALS = (
 )
 
 
-def _question(page: _Page, groups: list[Material], drawn: int) -> None:
+def _question(page: Page, groups: list[Material], drawn: int) -> None:
     from gradflow import plots  # takes as long to load as all else: not for a text
 
     page.section("comparison", "Does depth hurt, and how much does a skip help?")
@@ -549,7 +453,7 @@ def _question(page: _Page, groups: list[Material], drawn: int) -> None:
 
 
 def _profile_section(
-    page: _Page, groups: list[Material], moment: str, anchor: str, heading: str
+    page: Page, groups: list[Material], moment: str, anchor: str, heading: str
 ) -> None:
     moments = ["first"] if moment == "first" else ["middle", "last"]
     parts = [g for g in groups if len(g.profiles) and g.profiles["moment"].isin(moments).any()]
@@ -565,7 +469,7 @@ def _profile_section(
 
 
 def _profile_figures(
-    page: _Page, group: Material, frame: pd.DataFrame, moment: str, title: str
+    page: Page, group: Material, frame: pd.DataFrame, moment: str, title: str
 ) -> None:
     from gradflow import plots  # takes as long to load as all else: not for a text
 
@@ -612,7 +516,7 @@ def _rate_columns(words: pd.DataFrame) -> pd.DataFrame:
     return words.assign(depth=depth)[list(names)].rename(columns=names)
 
 
-def _heat_section(page: _Page, groups: list[Material]) -> None:
+def _heat_section(page: Page, groups: list[Material]) -> None:
     from gradflow import plots  # takes as long to load as all else: not for a text
 
     parts = [group for group in groups if len(group.heat)]
@@ -634,7 +538,7 @@ def _heat_section(page: _Page, groups: list[Material]) -> None:
         )
 
 
-def _curve_section(page: _Page, groups: list[Material]) -> None:
+def _curve_section(page: Page, groups: list[Material]) -> None:
     from gradflow import plots  # takes as long to load as all else: not for a text
 
     parts = [g for g in groups if len(g.curves) and g.curves["step"].nunique() > 1]
@@ -654,7 +558,7 @@ def _curve_section(page: _Page, groups: list[Material]) -> None:
         )
 
 
-def _benefit_section(page: _Page, groups: list[Material]) -> None:
+def _benefit_section(page: Page, groups: list[Material]) -> None:
     from gradflow import plots  # takes as long to load as all else: not for a text
 
     parts = [(group, tables.benefit(group.pairs)) for group in groups]
@@ -674,7 +578,7 @@ def _benefit_section(page: _Page, groups: list[Material]) -> None:
         )
 
 
-def _block_section(page: _Page, groups: list[Material]) -> None:
+def _block_section(page: Page, groups: list[Material]) -> None:
     from gradflow import plots  # takes as long to load as all else: not for a text
 
     parts = [
@@ -702,7 +606,7 @@ def _block_section(page: _Page, groups: list[Material]) -> None:
             )
 
 
-def _run_section(page: _Page, found: Material) -> None:
+def _run_section(page: Page, found: Material) -> None:
     page.section("runs", "Runs")
     frame = _sorted(found.overview)
 
@@ -734,7 +638,7 @@ def _sorted(overview: pd.DataFrame) -> pd.DataFrame:
     return overview.loc[order.sort_values(["group", "depth", "place", "text"]).index]
 
 
-def _condition_section(page: _Page, groups: list[Material]) -> None:
+def _condition_section(page: Page, groups: list[Material]) -> None:
     page.section("conditions", "Conditions, environment, commands")
     for group in groups:
         _heading(page, group)
@@ -759,13 +663,18 @@ def text_report(runs: Runs) -> str:
     Raises:
         GradflowError: no run that can be read.
     """
-    if len(runs) > TOLD_RUNS:
-        rest = f"{len(runs):,} runs: python -m analysis tells what the gradient did in each"
-        open_ends = [run for run in runs if run.status not in FINISHED]
+    members, problems = _distinct(runs)
+    probes = _probe_words(list(filter(_is_probe, runs)), "python -m analysis makes their atlas")
+    if len(members) > TOLD_RUNS:
+        rest = f"{len(members):,} runs: python -m analysis tells what the gradient did in each"
+        open_ends = [run for run in members if run.status not in FINISHED]
         lines = [f"{run.path.name}: {tables.outcome(run)}" for run in open_ends]
-        return "\n\n".join([comparison(runs), rest, "\n".join([*lines, *runs.problems])]).rstrip()
+        last = "\n".join([*lines, *runs.problems])
+        return "\n\n".join(filter(None, [probes, comparison(runs), rest, last]))
+    if not members and probes:
+        return "\n\n".join(filter(None, [probes, "\n".join(problems)]))
     found = gather(runs)
-    parts = [_comparison_text(found.overview, found.pairs)]
+    parts = [*filter(None, [probes]), _comparison_text(found.overview, found.pairs)]
     for group in (found.of(number) for number in sorted(found.overview["group"].unique())):
         for moment in ("first", "last"):
             words, when = _rate_table(group.profiles, moment)
@@ -799,8 +708,16 @@ def _check_any(runs: Runs, places: Sequence[str]) -> None:
         raise GradflowError("; ".join([f"{where}: no runs that can be read", *runs.problems]))
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "python -m gradflow.report") -> int:
-    """The command line: 0, or 1 after one line that says why there is no report."""
+def main(
+    argv: Sequence[str] | None = None,
+    prog: str = "python -m gradflow.report",
+    findings: Callable[[], Mapping[str, Finding]] = dict,
+) -> int:
+    """The command line: 0, or 1 after one line that says why there is no report.
+
+    Args:
+        findings: loads the published findings, by id, whose atlas is part of the report.
+    """
     parser = argparse.ArgumentParser(prog=prog, description="A report over recorded runs.")
     parser.add_argument(
         "runs", nargs="*", default=["runs"], metavar="RUNS", help="stores or single runs (runs)"
@@ -814,14 +731,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m gradflow.repo
             return 0
         runs = load_runs(*options.runs)
         _check_any(runs, options.runs)
+        entries = _entries(runs, findings().values())
         found = gather(runs)
-        page = _write(found, options.out)
+        page = _write(found, options.out, entries)
     except GradflowError as error:
         print(f"gradflow: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
     for line in found.problems:
         print(f"passed over: {line}", file=sys.stderr)
-    print(f"{_comparison_text(found.overview, found.pairs)}\n\n{page}")
+    print(_comparison_text(found.overview, found.pairs), end="\n\n")
+    if entries:
+        print(f"{atlas.counts(entries)}\n{page.with_name(atlas.PAGE)}")
+    print(page)
     return 0
 
 

@@ -214,11 +214,12 @@ def cost(spec: RunSpec) -> float:
 
     Images that pass × depth × width²: the convolutions of a network grow so, and the
     resolution of the images is taken as given. The 2,000 images stand for starting and evaluating,
-    and for data whose size is not known without reading it 50,000 are assumed.
+    and for data whose size is not known without reading it 50,000 are assumed. A network of
+    the user's that says no depth or width is taken for one of 20 and 64.
     """
     updates = spec.updates(spec.data.train_size or 50_000)
     images = updates * spec.batch_size * spec.accumulate + 2000
-    return float(images * (spec.depth or 1) * (spec.width or 1) ** 2)
+    return float(images * (spec.depth or 20) * (spec.width or 64) ** 2)
 
 
 def _cores() -> int:
