@@ -168,15 +168,9 @@ def displacements(record: Record) -> Array:
     return np.array([moved[block] for block in blocks])
 
 
-def gradients(record: Record, step: int) -> Array:
-    """Norm of each convolution's gradient at a step."""
-    return layers(record, "weights", "weight_grad_norm", kind="conv", step=step)[1]
-
-
-def last_step(record: Record) -> int:
-    table = record.table("weights")
-    assert table is not None
-    return int(table["step"].to_numpy().max())
+def initial_gradients(record: Record) -> Array:
+    """Norm of each convolution's gradient at initialisation, from the input on."""
+    return layers(record, "weights", "weight_grad_norm", kind="conv")[1]
 
 
 def records(find: Lookup, arm: str) -> list[Record]:
@@ -276,23 +270,27 @@ def sentences(find: Lookup) -> tuple[str, ...]:
 
 def draw(find: Lookup) -> Drawing:
     """The figure: accuracies, displacements, gradients, doses."""
+    from gradflow import plots
+
+    return plots.themed(_draw)(find)
+
+
+def _draw(find: Lookup) -> Drawing:
     from matplotlib.figure import Figure as Drawing
 
     from gradflow import plots
 
-    with plots.themed:
-        doses = [arm for arm in DOSED if records(find, arm)]
-        figure = Drawing(figsize=(plots.WIDTH, 5.6))
-        figure.set_layout_engine("constrained")
-        grid = figure.add_gridspec(2, 6)
-        _draw_accuracies(figure.add_subplot(grid[0, :]), find)
-        widths = (slice(0, 2), slice(2, 4)) if doses else (slice(0, 3), slice(3, 6))
-        _draw_lines(figure.add_subplot(grid[1, widths[0]]), find, "B", "block", displacements,
-                    "displacement")  # fmt: skip
-        _draw_lines(figure.add_subplot(grid[1, widths[1]]), find, "C", "convolution",
-                    lambda record: gradients(record, 0), "gradient norm, start")  # fmt: skip
-        if doses:
-            _draw_doses(figure.add_subplot(grid[1, 4:]), find)
+    doses = [arm for arm in DOSED if records(find, arm)]
+    figure = Drawing(figsize=(plots.WIDTH, 5.6))
+    figure.set_layout_engine("constrained")
+    grid = figure.add_gridspec(2, 6)
+    _draw_accuracies(figure.add_subplot(grid[0, :]), find)
+    first, second = (slice(0, 2), slice(2, 4)) if doses else (slice(0, 3), slice(3, 6))
+    moved, start = figure.add_subplot(grid[1, first]), figure.add_subplot(grid[1, second])
+    _draw_lines(moved, find, "B", "block", displacements, "displacement")
+    _draw_lines(start, find, "C", "convolution", initial_gradients, "gradient norm, start")
+    if doses:
+        _draw_doses(figure.add_subplot(grid[1, 4:]), find)
     return figure
 
 

@@ -81,8 +81,8 @@ FINDING = Finding(
         (
             Curve("at initialisation", "plain", along(GRADIENT, power=1), exponential(RATE), True),
             *(
-                Curve(f"after {step} updates", "plain", along(GRADIENT, power=1, step=step))
-                for step in (1, 5, 50)
+                Curve(f"after {updates}", "plain", along(GRADIENT, power=1, step=step))
+                for step, updates in ((1, "1 update"), (5, "5 updates"), (50, "50 updates"))
             ),
         ),
         x="layer, counted from the input",
