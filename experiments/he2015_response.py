@@ -4,8 +4,8 @@ Source: He et al. 2015 (arXiv 1512.03385), §4.2 "Analysis of Layer Responses" a
 
 Measured: root mean square of what every two-layer branch puts out, after its last batch
 normalisation and before addition and activation, on a training batch at the last recorded step; the
-geometric mean over the branches, as the ratio of two networks of one seed. In plain networks it is
-the output of every other layer, at the same places. Only the sign is predicted.
+median branch of one network over that of another of the same seed. In plain networks it is the
+output of every other layer, at the same places. Only the sign is predicted.
 
 Deviations: root mean square in place of the standard deviation, and every second of the paper's
 layers; 8×8 digits and 264 updates, at a peak rate of .1, in place of CIFAR-10 and 64,000 that start
@@ -33,11 +33,10 @@ def responses(record: Record) -> Array:
 
 
 def response_ratio() -> Measure:
-    """Geometric mean of the responses of the first arm over that of the second."""
+    """Median response of the first arm over that of the second."""
 
     def effect(one: Record, other: Record) -> float:
-        logs = [float(np.log(responses(record)).mean()) for record in (one, other)]
-        return float(np.exp(logs[0] - logs[1]))
+        return float(np.median(responses(one)) / np.median(responses(other)))
 
     def imagine(ratio: float) -> tuple[Imagined, ...]:
         one, other = (

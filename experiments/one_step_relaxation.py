@@ -73,6 +73,7 @@ FINDING = Finding(
             metric_difference(),
             above(0.3),
             unit="accuracy",
+            slow=True,
         ),
     ),
     recorded="not run",
