@@ -67,7 +67,7 @@ FINDING = Finding(
             for arm, keys in SMALL.items()
         ),
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(curve(arm) for arm in ("batch 512", "batch 32", "batch 8")),
         x="layer, counted from the input",

@@ -90,7 +90,7 @@ FINDING = Finding(
         for maps, arm in ARMS.items()
         if (p := theory.power_law_exponent(maps))
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(map(curve, ARMS)),
         x="natural logarithm of the residual stream's variance over the batch",

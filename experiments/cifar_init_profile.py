@@ -124,7 +124,7 @@ FINDING = Finding(
             for name, region in (("plain", above(1e4)), ("residual", below(100)))
         ),
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(

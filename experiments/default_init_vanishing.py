@@ -56,7 +56,7 @@ FINDING = Finding(
         )
         for name in ACTIVATIONS
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(name, name, along(), at_places(profile(name).gradient), scaled=True)

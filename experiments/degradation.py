@@ -132,7 +132,7 @@ FINDING = Finding(
         excess(("plain", 56), ("residual", 56)),
         excess(("plain", 152), ("residual", 152)),
     ),
-    recorded="not run",
+    recorded="reproduced",
     seeds=TRAINED_SEEDS,
     shown=(LONGER,),
     figure=Figure(

@@ -55,7 +55,7 @@ FINDING = Finding(
             unit="accuracy",
         ),
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         (
             Curve("plain", FIRST, along(power=1), exponential(1.0), scaled=True),

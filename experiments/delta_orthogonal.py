@@ -92,7 +92,7 @@ FINDING = Finding(
         ),
         *(compare(arm) for arm in LENGTHS),
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(arm, arm, along("output_rms", kind="conv", power=1), at_places(root_lengths(q0)))

@@ -54,7 +54,7 @@ FINDING = Finding(
         )
         for depth in DEPTHS
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         (Curve("σ_w² = 1, σ_b² = .05", tuple(ARMS.values()), over_arms(DEPTHS)),),
         x="depth",

@@ -62,7 +62,7 @@ FINDING = Finding(
         )
         for arm, sigma_w2 in ARMS.items()
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(arm, arm, along(), at_places(profile(sigma_w2).gradient), scaled=True)

@@ -39,7 +39,7 @@ FINDING = Finding(
         Comparison(f"ρ, {init}", (init,), growth(), about(rate, 0.03), ratio=True, unit="ρ")
         for init, rate in RATES.items()
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(init, init, along(), exponential(rate), scaled=True)

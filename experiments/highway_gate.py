@@ -59,7 +59,7 @@ FINDING = Finding(
         )
         for arm, bias in BIASES.items()
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(arm, arm, along(GRADIENT, kind="block"), exponential(rate(bias)), scaled=True)

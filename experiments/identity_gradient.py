@@ -70,7 +70,7 @@ FINDING = Finding(
         )
         for arm in ZERO
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(map(curve, (USUAL, *ZERO))),
         x="block, counted from the input",

@@ -61,7 +61,7 @@ FINDING = Finding(
     chapter="initialisation",
     specs={arm: spec(*parts) for arm, parts in ARMS.items()},
     comparisons=tuple(compare(arm) for arm in ARMS),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(Curve(arm, arm, spectrum) for arm in ARMS),
         x="singular value, the largest first",

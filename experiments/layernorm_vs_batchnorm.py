@@ -58,7 +58,7 @@ FINDING = Finding(
         Comparison(f"ρ, {arm}", (arm,), growth(), about(rate, share), ratio=True, unit="ρ")
         for arm, (rate, share) in RATES.items()
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(map(curve, ARMS)),
         x="layer, counted from the input",

@@ -59,7 +59,7 @@ FINDING = Finding(
             unit="accuracy",
         ),
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(Curve(name, name, running_accuracy) for name in (TRAINED, *HE)),
         x="update",

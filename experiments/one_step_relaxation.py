@@ -76,7 +76,7 @@ FINDING = Finding(
             slow=True,
         ),
     ),
-    recorded="not run",
+    recorded="reproduced",
     seeds=TRAINED_SEEDS,
     figure=Figure(
         (

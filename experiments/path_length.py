@@ -70,7 +70,7 @@ FINDING = Finding(
         )
         for arm, profile in PROFILES.items()
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(arm, arm, shares, at_places(1 - 1 / profile.growth))

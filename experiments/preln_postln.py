@@ -83,7 +83,7 @@ FINDING = Finding(
         )
         for order, expected in EXPONENTS.items()
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(order, arms(order), gradients, partial(power_of, power), scaled=True)

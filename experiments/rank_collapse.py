@@ -78,7 +78,7 @@ FINDING = Finding(
         compare("skip", DEPTH, above, 0.99),
         compare(SCALED, DEPTH, below, 0.2),
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(Curve(arm, arm, along_blocks(PROBE), partial(uniform, arm)) for arm in SKIPS),
         x="layer, counted from the input",

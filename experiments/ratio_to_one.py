@@ -109,7 +109,7 @@ FINDING = Finding(
             slow=True,
         ),
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         (Curve("median over the blocks", tuple(ARMS.values()), by_depth, theory_by_depth),),
         x="blocks L",

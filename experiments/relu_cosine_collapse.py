@@ -54,7 +54,7 @@ FINDING = Finding(
     chapter="initialisation",
     specs={f"{depth} layers": spec(depth) for depth in WIDTHS},
     comparisons=tuple(compare(depth) for depth in WIDTHS),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         (Curve("ReLU", "30 layers", along_blocks("cosine"), at_places(COSINES[1:])),),
         x="layer, counted from the input",

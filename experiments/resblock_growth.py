@@ -87,7 +87,7 @@ FINDING = Finding(
     chapter="skips",
     specs={arm: spec(*sizes) for arm, sizes in ARMS.items()},
     comparisons=tuple(compare(arm, way) for arm in ARMS for way in ("forward", "backward")),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(

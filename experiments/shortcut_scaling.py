@@ -69,7 +69,7 @@ FINDING = Finding(
         )
         for factor, arm in ARMS.items()
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(arm, arm, along("skip_grad_norm", kind="block"), power(factor), scaled=True)

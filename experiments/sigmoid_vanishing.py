@@ -50,7 +50,7 @@ FINDING = Finding(
         ),
         Comparison("ρ, sigmoid", ("sigmoid",), growth(), about(RATE, 0.03), ratio=True, unit="ρ"),
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(name, name, along(), at_places(profile.gradient), scaled=True)

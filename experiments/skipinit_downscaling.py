@@ -89,7 +89,7 @@ FINDING = Finding(
             about(1.0, 0.03),
         ),
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         (
             Curve(

@@ -96,7 +96,7 @@ FINDING = Finding(
             between(1.9, 2.5, float(profile(200).log_gradient[1] / profile(50).log_gradient[1])),
         ),
     ),
-    recorded="not run",
+    recorded="inconclusive",
     figure=Figure(
         tuple(
             Curve(

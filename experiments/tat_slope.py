@@ -67,7 +67,7 @@ FINDING = Finding(
     chapter="initialisation",
     specs={arm: spec(*sizes) for arm, sizes in SLOPES.items()},
     comparisons=tuple(compare(arm) for arm in SLOPES),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(Curve(arm, arm, along_blocks("cosine"), at_places(profile(arm))) for arm in SLOPES),
         x="layer, counted from the input",

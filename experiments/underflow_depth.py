@@ -138,7 +138,7 @@ FINDING = Finding(
     chapter="vanishing",
     specs={f"{network}, {name}": spec(network, name) for network, name in PAIRS},
     comparisons=tuple(compare(network, name) for network, name in PAIRS),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(
             Curve(

@@ -100,7 +100,7 @@ FINDING = Finding(
             ratio=True,
         ),
     ),
-    recorded="not run",
+    recorded="reproduced",
     figure=Figure(
         tuple(Curve(arm, arm, quantiles, partial(normal, variance(arm))) for arm in DEPTHS),
         x="quantile of the standard normal distribution",
