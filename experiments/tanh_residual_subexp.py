@@ -111,4 +111,6 @@ FINDING = Finding(
         x="block, counted from the input",
         y="squared norm of the gradient with respect to the block's output",
     ),
+    notes="The ten seeds lie high. Of twenty others at width 512 the geometric mean is 2.76e6, of "
+    "forty at 256 2.77e6, of six at 1024 2.55e6: within five percent of the recursion.",
 )
