@@ -410,7 +410,7 @@ FINDING = Finding(
     extension=BEYOND,
     exhibit=exhibit,
     notes="At depth 56 backward-only networks either begin to train, to about half of the images, "
-    "or stay at chance: three and two of the five seeds. Of such an arm a mean says little, and what "
+    "or stay at chance: three and two of five seeds. Of such an arm a mean says little, and what "
     "the backward half buys is left open here. What forward-only fits it does not understand: its "
     "test accuracy is the control's, close to chance, where the residual network's is near 1.",
 )

@@ -89,6 +89,12 @@ def test_a_file_that_cannot_be_read_is_named(call, tmp_path):
     assert error == "experiments: broken.py: ZeroDivisionError: division by zero\n"
 
 
+def test_an_unknown_id(call):
+    code, _, error = call("kepd")
+    assert code == 1
+    assert error == "experiments: kepd: no such finding; did you mean kept?\n"
+
+
 def test_the_catalogue_is_whole():
     """Twelve findings of the core story and twenty-one of propagation at initialisation."""
     assert len(experiments.load()) == 33

@@ -292,16 +292,6 @@ def test_every_finding_is_described_and_can_be_run(found):
         assert spec.max_steps != 0 or spec.probe.name is not None
 
 
-def test_an_unknown_finding_and_a_broken_file(command):
-    from conftest import ROOT
-
-    done = command("-m", "experiments", "he_vs_xavvier", PYTHONPATH=str(ROOT))
-    assert done.returncode == 1
-    assert done.stderr == (
-        "experiments: he_vs_xavvier: no such finding; did you mean he_vs_xavier?\n"
-    )
-
-
 def test_a_record_without_what_is_read_is_named():
     asked = finding(above(0.5))
     with pytest.raises(GradflowError, match="c0"):
