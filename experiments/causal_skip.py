@@ -111,7 +111,9 @@ OTHER_RATES = joined(
     for rate in RATES
     if rate != RATE
 )
-WITHOUT_NORM = joined(arms(20, rate, BARE, norm="none", padding="circular") for rate in BARE_RATES)
+WITHOUT_NORM = joined(
+    arms(20, rate, BARE, norm="none", padding="circular", max_steps=900) for rate in BARE_RATES
+)
 DEEPER = joined(arms(DEEP, rate) for rate in CONTROL_RATES)
 ON_DIGITS = arms(56, RATE, DIGITS, data="digits", max_steps=None, epochs=15)
 DOSED = joined(dosed(half, dose) for half in "ab" for dose in DOSES)
@@ -392,8 +394,8 @@ def _draw_doses(ax: Axes, find: Lookup) -> None:
 
 
 BEYOND = {
-    **dict.fromkeys([*OTHER_RATES, *WITHOUT_NORM, *ON_DIGITS], TRAINED_SEEDS),
-    **dict.fromkeys(DEEPER, DEEP_SEEDS),
+    **dict.fromkeys([*OTHER_RATES, *ON_DIGITS], TRAINED_SEEDS),
+    **dict.fromkeys([*DEEPER, *WITHOUT_NORM], DEEP_SEEDS),
     **dict.fromkeys(DOSED, DOSE_SEEDS),
 }
 SPECS = {**CORE, **{arm: keys for part in (OTHER_RATES, WITHOUT_NORM, ON_DIGITS, DEEPER, DOSED)
