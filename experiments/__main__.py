@@ -88,7 +88,7 @@ def _run(chosen: list[Finding], options: argparse.Namespace) -> int:
             display=display,
             runs_dir=options.runs,
             threads=1,
-            jobs=options.jobs or "auto",
+            jobs="auto" if options.jobs is None else options.jobs,
         )
     verdicts = [findings.verdict(f, [options.runs], quick=options.quick) for f in chosen]
     print("\n\n".join(map(_told, verdicts)))

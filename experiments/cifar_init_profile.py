@@ -1,4 +1,4 @@
-"""At initialisation gradients of plain CIFAR networks explode, those of residual ones hardly grow.
+"""At initialisation gradients of plain CIFAR networks explode, those of residual ones grow little.
 
 Source: the networks of He et al. 2015 (arXiv 1512.03385), §4.2; the rate is that of Yang et al.
 2019 (arXiv 1902.08129).

@@ -1,4 +1,4 @@
-"""Branches that start at zero pass the gradient to every block unchanged, bit for bit.
+"""Branches that start at zero pass the gradient to every block with its norm unchanged, exactly.
 
 Source: Zhang et al. 2019 (Fixup, arXiv 1901.09321), De & Smith 2020 (SkipInit, arXiv 2002.10444),
 Bachlechner et al. 2020 (ReZero, arXiv 2003.04887).

@@ -1,4 +1,4 @@
-"""Singular values of a deep net's Jacobian spread with depth; orthogonal weights spread them less.
+"""A deep net's Jacobian has widely spread singular values; orthogonal weights spread them less.
 
 Source: Pennington et al. 2017 (arXiv 1711.04735) and 2018 (arXiv 1802.09979): the variance of the
 squared singular values s² grows in proportion to depth, and less by L with orthogonal weights.

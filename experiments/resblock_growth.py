@@ -1,4 +1,4 @@
-"""Residual blocks grow both passes by 1 + α²; with α = 1/√L a whole network by less than e.
+"""Residual blocks grow both passes by 1 + α²: with α = 1/√L a whole network by (1 + 1/L)^L, near e.
 
 Source: Taki 2017 (arXiv 1709.02956), initialisation of residual networks; Hanin & Rolnick 2018
 (arXiv 1803.01719), residual branches scaled down. Blocks are x + αW₂φ(W₁x), φ ReLU, W₁ with He's

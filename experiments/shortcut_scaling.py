@@ -1,4 +1,4 @@
-"""A shortcut scaled by λ multiplies the gradient by λ^L over L blocks: it has to be the identity.
+"""A shortcut scaled by λ multiplies the gradient by λ^L over L blocks: it vanishes or explodes.
 
 Source: He et al. 2016 (arXiv 1603.05027), §3, eq. 8, and §3.1 ("constant scaling", λ = 0.5).
 

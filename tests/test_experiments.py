@@ -97,4 +97,31 @@ def test_an_unknown_id(call):
 
 def test_the_catalogue_is_whole():
     """Twelve findings of the core story and twenty-one of propagation at initialisation."""
-    assert len(experiments.load()) == 33
+    core = """degradation causal_skip bn_explosion cifar_init_profile bn_residual_power_law
+        degradation_without_vanishing one_step_relaxation shattering looks_linear_fix path_length
+        lesion he2015_response"""
+    propagation = """he_vs_xavier default_init_vanishing sigmoid_vanishing edge_of_chaos depth_scale
+        resblock_growth tanh_residual_subexp ratio_to_one skipinit_downscaling identity_gradient
+        shortcut_scaling highway_gate relu_cosine_collapse jacobian_spectrum width_variance
+        delta_orthogonal layernorm_vs_batchnorm underflow_depth tat_slope preln_postln
+        rank_collapse"""
+    assert len(core.split()) == 12
+    assert len(propagation.split()) == 21
+    assert {*core.split(), *propagation.split()} <= set(experiments.load())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"probe": "propagation"', '"prob": "propagation"', "orthogonal: RunSpec.__init__"),
+        ('"size": 1', '"size": -1', "orthogonal: data.size=-1: allowed is a whole number from 1"),
+        ("Cost:", "Costs:", "its docstring has no paragraph 'Cost:'"),
+        ("FINDING = Finding", "FINDING = dict", "FINDING is a dict, not a Finding"),
+    ],
+)
+def test_a_finding_that_is_not_complete_is_named(call, monkeypatch, old, new, said):
+    monkeypatch.setitem(globals(), "FILE", FILE.replace(old, new))
+    code, _, error = call(name=f"wrong{abs(hash(new))}")
+    assert code == 1
+    assert said in error
+    assert error.count("\n") == 1

@@ -1,6 +1,7 @@
 """Verdicts: intervals, regions, identities; and that every finding can come out either way."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,7 +194,9 @@ def test_a_quick_verdict_has_three_seeds_and_is_marked():
     decision = decide(asked, world(asked.comparisons[0], [0.9, 0.91, 0.92]), quick=True)
     assert decision.words == "reproduced, quick"
     assert [spec.seed for spec in asked.runs(quick=True)] == [100, 101, 102, 100, 101, 102]
-    assert not decision.as_recorded
+    assert decision.as_recorded
+    assert replace(decision, finding=replace(asked, recorded=INCONCLUSIVE)).as_recorded
+    assert not replace(decision, finding=replace(asked, recorded=CONTRADICTED)).as_recorded
     undecided = decide(asked, world(asked.comparisons[0], [0.4, 0.9, 0.92]), quick=True)
     assert undecided.word == INCONCLUSIVE
     assert undecided.as_recorded

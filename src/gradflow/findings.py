@@ -260,7 +260,7 @@ class Result:
 
     `low`, `mean`, `high` are in the unit of the number (for a ratio the exponentials of the
     logarithm's interval); `low` and `high` are NaN where there is no interval: one seed, seeds that
-    all `agree`, or an exact identity.
+    all `agree`, or an exact identity. `more` is how many further seeds would decide.
     """
 
     comparison: Comparison
@@ -272,6 +272,7 @@ class Result:
     mean: float = math.nan
     high: float = math.nan
     agree: bool = False
+    more: int = 0
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,8 @@ class Verdict:
     @property
     def words(self) -> str:
         """The verdict with what qualifies it: seeds, how many more, quick."""
-        reasons = [r.reason for r in self.results if r.word == self.word and r.reason]
+        told = [r for r in self.results if r.word == self.word and r.reason]
+        reasons = [max(told, key=lambda result: result.more).reason] if told else []
         if self.word == NOT_RUN and self.needed > self.missing > 0:
             reasons = [f"{self.needed - self.missing} of {self.needed} runs are there"]
         tail = f" ({reasons[0]})" if reasons else ""
@@ -305,9 +307,12 @@ class Verdict:
 
     @property
     def as_recorded(self) -> bool:
-        """Whether it is the finding's recorded verdict; a quick one may also be undecided."""
-        undecided = self.quick and self.word == INCONCLUSIVE
-        return self.word == self.finding.recorded or undecided
+        """Whether it is the finding's recorded verdict; a quick one, of fewer seeds and
+        comparisons, must not say the opposite."""
+        if not self.quick:
+            return self.word == self.finding.recorded
+        opposite = {self.word, self.finding.recorded} == {REPRODUCED, CONTRADICTED}
+        return self.word != NOT_RUN and not opposite
 
 
 def judge(comparison: Comparison, values: Mapping[int, float], comparisons: int = 1) -> Result:
@@ -362,8 +367,9 @@ def _by_interval(
     if high < region[0] or region[1] < low:
         return result(CONTRADICTED, **named)
     more = seeds_needed(sample, region, level) - len(sample)
-    about = f"about {more} more seeds" if more <= MOST_SEEDS else "over 1,000 more seeds"
-    return result(INCONCLUSIVE, about, **named)
+    about = f"about {more} more seed{'s' * (more != 1)}"
+    about = about if more <= MOST_SEEDS else "over 1,000 more seeds"
+    return result(INCONCLUSIVE, about, more=more, **named)
 
 
 def seeds_needed(sample: NDArray[np.float64], region: NDArray[np.float64], level: float) -> int:
