@@ -250,14 +250,13 @@ def exhibit(find: Lookup) -> Exhibit | None:
         caption=(
             "What each half of a skip does. A: accuracy at the end, training (filled) and test "
             "(open), each arm at the learning rate of its best training accuracy among those run "
-            "(up to four, of the control two); "
-            "means with 95 % t intervals, small points are seeds; grey, the control: the residual "
-            "network of which only the last block and the classifier are trained. B: how far each "
-            "block of the networks of depth 56, counted from the input, moved, ‖W_T − W_0‖/‖W_0‖, "
-            "one line a seed; weight decay alone moves a block by .020, where forward-only's first ones lie. C, D: the gradient "
-            " of each convolution at initialisation and at the last step recorded, one "
-            "line a seed. E, where it was run: training accuracy against the dose of one half, the "
-            "other whole."
+            "(up to four, of the control two); means with 95 % t intervals, small points are "
+            "seeds; grey, the control: the residual network of which only the last block and the "
+            "classifier are trained. B: how far each block of the networks of depth 56, counted "
+            "from the input, moved, ‖W_T − W_0‖/‖W_0‖, one line a seed; weight decay alone moves a "
+            "block by .020, where forward-only's first ones lie. C, D: the gradient of each "
+            "convolution at initialisation and at the last step recorded, one line a seed. E, "
+            "where it was run: training accuracy against the dose of one half, the other whole."
         ),
         tables=tables(find),
         sentences=sentences(find),
