@@ -106,6 +106,14 @@ def test_what_may_be_asked():
         "probe.format=fp8: allowed is fp16, bf16, fp32, fp64": {
             "probe": {"name": "underflow", "format": "fp8"}
         },
+        "norm=batch: probe=jacobian is of one input, without batch statistics": {
+            "probe": "jacobian"
+        },
+        "precision=bf16: probe=cosine wants fp32 or fp64": {
+            **SMALL,
+            "probe": "cosine",
+            "precision": "bf16",
+        },
         "data.size=4: allowed is a whole number from 8": {"data": {"name": "synthetic", "size": 4}},
     }.items():
         with pytest.raises(SpecError) as caught:

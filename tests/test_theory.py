@@ -764,3 +764,80 @@ def test_formats_are_torchs(name):
 def test_unknown_format():
     with pytest.raises(SpecError, match="format=fp8: allowed is fp16, bf16, fp32, fp64"):
         theory.underflow_depth(0.5, "fp8")
+
+
+# --- arguments that no network has ----------------------------------------------------------------
+
+MANY = np.array([1.0, 2.0])
+SENSELESS = [
+    (lambda: theory.chi("relu", MANY, sigma_w2=2.0), "q=[1. 2.]: allowed is a number from 0"),
+    (lambda: theory.second_moment("tanh", MANY), "q=[1. 2.]: allowed is a number from 0"),
+    (lambda: theory.length_map("gelu", MANY, sigma_w2=1.0), "q=[1. 2.]: allowed is a number"),
+    (lambda: theory.mean("tanh", math.nan), "q=nan: allowed is a number from 0"),
+    (lambda: theory.chi("tanh", math.inf, sigma_w2=1.0), "q=inf: allowed is a number from 0"),
+    (lambda: theory.chi("relu", 1.0, sigma_w2=-2.0), "sigma_w2=-2: allowed is a number from 0"),
+    (lambda: theory.length_map("relu", 1.0, sigma_w2=1.0, sigma_b2=-1), "sigma_b2=-1: allowed"),
+    (lambda: theory.correlation_map("relu", 0.5, 0.0, sigma_w2=2.0), "q=0: vectors of length 0"),
+    (lambda: theory.pair_expectation(np.tanh, 1.0, 1.5), "c=1.5: allowed is a number from -1 to 1"),
+    *[
+        (lambda f=f, bad=bad: f("tanh", **{"sigma_w2": 1.5, **bad}), f"{key}=-0.1: allowed is")
+        for f in (theory.length_fixed_point, theory.correlation_fixed_point, theory.depth_scale,
+                  theory.length_depth_scale)
+        for key, bad in ((k, {k: -0.1}) for k in ("sigma_w2", "sigma_b2", "q0"))
+    ],
+    (lambda: theory.critical_sigma_w2("tanh", -0.1), "sigma_b2=-0.1: allowed is a number from 0"),
+    (lambda: theory.sigmas("pytorch", "relu", width=0), "width=0: allowed is a whole number"),
+    *[
+        (lambda f=f, bad=bad: f(bad, "relu", sigma_w2=2.0), f"{key}={bad}: allowed is a whole")
+        for f, key in ((theory.plain_profile, "depth"), (theory.residual_profile, "blocks"),
+                       (theory.cosine_profile, "blocks"))
+        for bad in (0, -3, 2.5)
+    ],
+    (lambda: theory.plain_profile(3, "relu", sigma_w2=-1.0), "sigma_w2=-1: allowed"),
+    (lambda: theory.plain_profile(3, "relu", sigma_w2=1.0, q0=0.0, norm="batch"),
+     "q0=0: allowed is a number above 0"),
+    (lambda: theory.plain_profile(3, "relu", sigma_w2=1.0).mean_growth(1), "trim=1: allowed is"),
+    (lambda: theory.residual_profile(3, "relu", branch="WfW", sigma_w2=(1.0, -1.0)),
+     "sigma_w2=-1: allowed"),
+    (lambda: theory.residual_profile(3, "relu", branch="WfB", sigma_w2=1.0, q0=0.0),
+     "branch=WfB: B is given a variance of 0"),
+    (lambda: theory.cosine_profile(3, "relu", sigma_w2=1.0, cosine=2), "cosine=2: allowed is"),
+    (lambda: theory.cosine_profile(3, "relu", sigma_w2=1.0, q0=0.0), "q=0: vectors of length 0"),
+    (lambda: theory.power_law_exponent(0), "branch_layers=0: allowed is a whole number from 1"),
+    (lambda: theory.ratio_to_one(0), "depth=0: allowed is a whole number from 1"),
+    (lambda: theory.mean_path_length([2.0, 0.0]), "growth=0: allowed is a number above 0"),
+    (lambda: theory.path_length_binomial(-1), "blocks=-1: allowed is a whole number from 1"),
+    (lambda: theory.path_length_binomial(9, -1), "low=-1: allowed is a whole number from 0"),
+    (lambda: theory.expected_depth(54, 1.5), "drop_rate=1.5: allowed is a number from 0 to 1"),
+    (lambda: theory.highway_growth(1.5), "gate=1.5: allowed is a number from 0 to 1"),
+    (lambda: theory.highway_growth(-0.1), "gate=-0.1: allowed is a number from 0 to 1"),
+    (lambda: theory.highway_growth(0.5, -1.0), "branch_chi=-1: allowed is a number from 0"),
+    (lambda: theory.tailored_slope(0), "depth=0: allowed is a whole number from 1"),
+    (lambda: theory.padding_leak((8, 0)), "size=0: allowed is a whole number from 1"),
+    (lambda: theory.padding_profile(-1, 8), "depth=-1: allowed is a whole number from 0"),
+    (lambda: theory.jacobian_variance("relu", 0), "depth=0: allowed is a whole number from 1"),
+    (lambda: theory.log_length_variance([9, 0]), "widths=0: allowed is a whole number from 1"),
+    (lambda: theory.underflow_depth(0.0, "fp16"), "growth=0: allowed is a number above 0"),
+    (lambda: theory.underflow_depth(-1, "fp16"), "growth=-1: allowed is a number above 0"),
+    (lambda: theory.underflow_depth(0.5, "fp16", elements=0), "elements=0: allowed is a whole"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "message"), SENSELESS, ids=[f"{k}" for k in range(len(SENSELESS))]
+)
+def test_senseless_arguments_are_refused_in_one_line(call, message):
+    with pytest.raises(SpecError) as caught:
+        call()
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_may_be_numpys_and_bounds_are_allowed():
+    assert theory.length_map("relu", np.float32(2), sigma_w2=np.int64(3), sigma_b2=0) == 3
+    assert theory.highway_growth(0) == theory.highway_growth(1) == 1
+    assert theory.length_fixed_point("relu", sigma_w2=0.0, sigma_b2=0.3) == pytest.approx(0.3)
+    assert theory.plain_profile(np.int64(1), "relu", sigma_w2=2.0).length == [2.0]
+    # A branch that ends in a zero map has a variance of 0, which nothing divides by.
+    still = theory.residual_profile(3, "relu", branch="WfBWfB", sigma_w2=(2.0, 0.0))
+    assert still.growth.tolist() == [1, 1, 1]

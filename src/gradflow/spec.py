@@ -96,6 +96,8 @@ PROBE_KEYS: dict[str, dict[str, Any]] = {
 PROBES = tuple(PROBE_KEYS)
 OF_TRAINED = ("displacement", "lesion")
 """Probes that say nothing of a network that was not trained."""
+OF_ONE_INPUT = ("jacobian", "length_ratio")
+"""Probes of a single input, which has no batch statistics."""
 DIGITS_TRAIN = 1437
 EPOCHS = 12
 
@@ -598,10 +600,19 @@ class RunSpec:
             object.__setattr__(self, "epochs", EPOCHS)
         elif self.epochs is None:
             object.__setattr__(self, "max_steps", 0)
-        if self.max_steps == 0 and self.probe.name in OF_TRAINED:
-            raise SpecError(f"probe={self.probe.name}: says nothing of a network not trained")
+        self._check_probe()
         if self.warmup and self.schedule == "one_cycle":
             raise SpecError(f"warmup={self.warmup}: schedule=one_cycle has a warm-up of its own")
+
+    def _check_probe(self) -> None:
+        probe = self.probe.name
+        if probe in OF_ONE_INPUT and self.norm == "batch":
+            raise SpecError(f"norm=batch: probe={probe} is of one input, without batch statistics")
+        autocast = self.precision in ("bf16", "fp16")
+        if autocast and probe not in (None, "propagation", "displacement"):
+            raise SpecError(f"precision={self.precision}: probe={probe} wants fp32 or fp64")
+        if self.max_steps == 0 and self.probe.name in OF_TRAINED:
+            raise SpecError(f"probe={self.probe.name}: says nothing of a network not trained")
 
     @property
     def run_id(self) -> str:

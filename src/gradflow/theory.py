@@ -13,7 +13,8 @@ Activations are those of `gradflow.spec.ACTIVATIONS` and `erf`. `crelu`, twice a
 inputs, is `relu` in every formula here: moments are means over its outputs, as σ_w² counts all
 of a layer's fan_in. (Lengths and growths hold under `looks_linear` as well; cosines there are those
 of `linear`.) `negative_slope` is needed for `leaky_relu` and ignored by the others.
-An unknown activation, or a length or correlation that cannot be, raises `SpecError`.
+Numbers come one at a time, no arrays, unless it says otherwise. An unknown activation, or a number
+that cannot be (a negative length or variance, a depth below 1), raises `SpecError`.
 
 Sources: Poole et al. 2016 (arXiv 1606.05340), Schoenholz et al. 2017 (arXiv 1611.01232); others
 stand with their formula.
@@ -26,6 +27,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +39,32 @@ from gradflow.errors import SpecError
 
 Array = NDArray[np.float64]
 _Function = Callable[[Array], Array]
+
+
+def _check(
+    low: float = 0.0,
+    high: float = math.inf,
+    /,
+    *,
+    whole: bool = False,
+    above: bool = False,
+    **values: object,
+) -> None:
+    """Raises SpecError unless each of the values is one finite number from (or above) low to high.
+
+    Args:
+        values: by the name that the caller knows them by.
+    """
+    for key, value in values.items():
+        if isinstance(value, Integral if whole else Real):
+            number = float(value)
+            if low <= number <= high and number < math.inf and not (above and number == low):
+                continue
+        shown = f"{value:g}" if isinstance(value, Real) else " ".join(f"{value}".split())
+        kind, start = "a whole number" if whole else "a number", "above" if above else "from"
+        end = "" if high == math.inf else f" to {high:g}"
+        raise SpecError(f"{key}={shown}: allowed is {kind} {start} {low:g}{end}")
+
 
 # --- Gaussian quadrature --------------------------------------------------------------------------
 
@@ -56,13 +84,8 @@ def _graded(panels: int) -> tuple[Array, Array]:
 
 def _grid(q: float) -> tuple[Array, Array]:
     """The graded grid fine enough for φ(√q z), whose features near 0 are 1/√q wide."""
-    _check_length(q)
+    _check(q=q)
     return _graded(math.ceil(math.log(max(20.0, 4 * math.sqrt(q)), _RATIO)))
-
-
-def _check_length(q: float) -> None:
-    if not 0 <= q < math.inf:
-        raise SpecError(f"q={q:g}: allowed is a number from 0")
 
 
 def _density(z: Array) -> Array:
@@ -88,6 +111,7 @@ def pair_expectation(function: _Function, q: float, c: float) -> float:
     with the greater factor is integrated first, in panels that shrink towards the two places where
     u or v is 0: so it holds to about 1e-13 up to c = ±1.
     """
+    _check(-1.0, 1.0, c=c)
     nodes, weights = _grid(q)
     major, minor = math.sqrt((1 + abs(c)) / 2), math.sqrt((1 - abs(c)) / 2)
     outer, outer_weights = _REACH * nodes, _REACH * weights * _density(_REACH * nodes)
@@ -223,19 +247,19 @@ def _activation(name: str, negative_slope: float | None) -> _Activation:
 
 def mean(activation: str, q: float, negative_slope: float | None = None) -> float:
     """E[φ(√q z)]."""
-    _check_length(q)
+    _check(q=q)
     return _activation(activation, negative_slope).mean(q)
 
 
 def second_moment(activation: str, q: float, negative_slope: float | None = None) -> float:
     """E[φ(√q z)²]."""
-    _check_length(q)
+    _check(q=q)
     return _activation(activation, negative_slope).second(q)
 
 
 def slope_moment(activation: str, q: float, negative_slope: float | None = None) -> float:
     """E[φ'(√q z)²]."""
-    _check_length(q)
+    _check(q=q)
     return _activation(activation, negative_slope).slope(q)
 
 
@@ -248,6 +272,7 @@ def length_map(
     negative_slope: float | None = None,
 ) -> float:
     """The next layer's length, σ_w² E[φ(√q z)²] + σ_b². Poole et al. 2016."""
+    _check(sigma_w2=sigma_w2, sigma_b2=sigma_b2)
     return sigma_w2 * second_moment(activation, q, negative_slope) + sigma_b2
 
 
@@ -259,6 +284,7 @@ def chi(
     At a fixed point of the length it is also the slope of the correlation map at 1; elsewhere that
     slope is χ₁·q/q'. Schoenholz et al. 2017.
     """
+    _check(sigma_w2=sigma_w2)
     return sigma_w2 * slope_moment(activation, q, negative_slope)
 
 
@@ -276,9 +302,8 @@ def correlation_map(
     (σ_w² E[φ(u)φ(v)] + σ_b²)/q': the uncentred cosine of the two vectors of pre-activations.
     Poole et al. 2016.
     """
-    _check_length(q)
-    if not -1 <= c <= 1:
-        raise SpecError(f"c={c:g}: allowed is a number from -1 to 1")
+    _check(q=q, sigma_w2=sigma_w2, sigma_b2=sigma_b2)
+    _check(-1.0, 1.0, c=c)
     phi = _activation(activation, negative_slope)
     product = sigma_w2 * phi.product(q, c) + sigma_b2
     return _cosine(product, sigma_w2 * phi.second(q) + sigma_b2)
@@ -286,6 +311,8 @@ def correlation_map(
 
 def _cosine(product: float, second: float) -> float:
     """product/second, not beyond ±1 by rounding."""
+    if second == 0:
+        raise SpecError("q=0: vectors of length 0 have no cosine")
     return min(1.0, max(-1.0, product / second))
 
 
@@ -315,6 +342,7 @@ def length_fixed_point(
         )
         return mapped - q
 
+    _check(q0=q0)
     q0 = max(q0, _SMALLEST)
     grows = excess(q0) > 0
     if abs(excess(q0)) <= 1e-12 * q0:
@@ -353,6 +381,7 @@ def critical_sigma_w2(
     Raises:
         SpecError: there is none: rectifiers are critical without biases alone.
     """
+    _check(sigma_b2=sigma_b2)
     phi = _activation(activation, negative_slope)
     if phi.rectifier is not None and sigma_b2 == 0:
         return CriticalPoint(1 / phi.slope(1.0), math.nan)
@@ -504,10 +533,12 @@ def sigmas(
     if init == "gaussian":
         if sigma_w is None or sigma_b is None:
             raise SpecError("init=gaussian: set sigma_w and sigma_b")
+        _check(sigma_w=sigma_w, sigma_b=sigma_b)
         return Sigmas(sigma_w**2, sigma_b**2)
     if init == "pytorch":
         if width is None:
             raise SpecError("width=null: init=pytorch needs a whole number from 1")
+        _check(1, whole=True, width=width)
         return Sigmas(1 / 3, 1 / (3 * width * (2 if activation == "crelu" else 1)))
     rectified = 2 / (1 + a**2)
     orthogonal = rectified if activation in ("relu", "leaky_relu", "crelu") else 1.0
@@ -618,6 +649,8 @@ class Profile:
     def mean_growth(self, trim: int = 0) -> float:
         """ρ of the whole: exp(−slope) of ln g by least squares, `trim` places off at each end."""
         logs = self.log_gradient[trim : len(self.length) - trim]
+        if trim < 0 or len(logs) < 2:
+            raise SpecError(f"trim={trim}: allowed is what leaves 2 of {len(self.length)} places")
         return float(np.exp(-np.polyfit(np.arange(len(logs)), logs, 1)[0]))
 
     def weight_gradient(self, *, sigma_w2: float, sigma_b2: float = 0.0) -> Array:
@@ -626,6 +659,7 @@ class Profile:
         g_l·‖h_{l−1}‖² for each sample, h_{l−1} what W_l multiplies; for samples whose gradients do
         not correlate.
         """
+        _check(above=True, sigma_w2=sigma_w2)
         values = self.gradient * (self.length - sigma_b2) / sigma_w2
         return values / values[-1]
 
@@ -657,6 +691,9 @@ def plain_profile(
     """
     if norm not in ("none", "batch", "layer", "group"):
         raise SpecError(f"norm={norm}: allowed is none, batch, layer, group")
+    _check(1, whole=True, depth=depth)
+    _check(sigma_b2=sigma_b2)
+    _check(above=norm != "none", sigma_w2=sigma_w2, q0=q0)  # a normalisation divides by them
     first = sigma_w2 * q0 + sigma_b2
     if norm == "none":
         phi = _activation(activation, negative_slope)
@@ -706,6 +743,9 @@ class _Branch:
         each = (sigma_w2,) * maps if isinstance(sigma_w2, int | float) else tuple(sigma_w2)
         if len(each) != maps:
             raise SpecError(f"sigma_w2={list(each)}: branch={word} has {maps} W")
+        _check(sigma_b2=sigma_b2)
+        for scale in each:
+            _check(sigma_w2=scale)
         return cls(word, phi, each, sigma_b2)
 
     def forward(self, second: float, variance: float) -> _Passed:
@@ -721,12 +761,12 @@ class _Branch:
                 average = self.phi.mean(second)
                 second = self.phi.second(second)
                 variance = second - average**2
-            elif letter == "B":
-                growth /= variance
-                second = variance = 1.0
             else:
-                growth /= second
-                second, variance = 1.0, variance / second
+                divisor = variance if letter == "B" else second
+                if divisor == 0:
+                    raise SpecError(f"branch={self.word}: {letter} is given a variance of 0")
+                growth /= divisor
+                second, variance = 1.0, variance / divisor
         return _Passed(second, variance, growth)
 
     def product(self, second: float, product: float) -> tuple[float, float]:
@@ -740,7 +780,7 @@ class _Branch:
                 product = self.phi.product(second, _cosine(product, second))
                 second = self.phi.second(second)
             elif letter == "L":
-                second, product = 1.0, product / second
+                second, product = 1.0, _cosine(product, second)
             else:
                 raise SpecError(f"branch={self.word}: cosines have no theory here with B")
         return second, product
@@ -786,6 +826,8 @@ def residual_profile(
         SpecError: a branch that is none of these, an unknown activation.
     """
     phi = _activation(activation, negative_slope)
+    _check(1, whole=True, blocks=blocks)
+    _check(q0=q0)
     through = _Branch.of(branch, phi, sigma_w2, sigma_b2)
     second = variance = q0
     lengths, variances, growths = [second], [variance], []
@@ -823,6 +865,9 @@ def cosine_profile(
         SpecError: a branch that is not covered, an unknown activation.
     """
     phi = _activation(activation, negative_slope)
+    _check(1, whole=True, blocks=blocks)
+    _check(q0=q0)
+    _check(-1.0, 1.0, cosine=cosine)
     through = _Branch.of(branch, phi, sigma_w2, sigma_b2)
     second, product = q0, q0 * cosine
     cosines = [cosine]
@@ -842,6 +887,7 @@ def power_law_exponent(branch_layers: int, activation: str = "relu") -> float:
 
     The ρ of the plain network to the power of the linear maps in a branch: 1.467, 2.152 for ReLU.
     """
+    _check(1, whole=True, branch_layers=branch_layers)
     return batch_norm_growth(activation) ** branch_layers
 
 
@@ -851,6 +897,7 @@ def ratio_to_one(depth: int, branch_layers: int = 2) -> float:
     Pre-activation batch norm, ReLU, He initialisation, unit variance of the input: p/2 over
     depth/2 + π/(π − 1). Zaeemzadeh et al. 2018 (arXiv 1805.07477).
     """
+    _check(1, whole=True, depth=depth)
     return power_law_exponent(branch_layers) / 2 / (depth / 2 + batch_norm_growth("relu"))
 
 
@@ -863,6 +910,8 @@ def mean_path_length(growth: ArrayLike) -> float:
         growth: ρ_l of each block, of skips that pass the gradient unscaled.
     """
     values = np.asarray(growth, dtype=float)
+    for value in values.ravel():
+        _check(above=True, growth=value)
     return float(((values - 1) / values).sum())
 
 
@@ -880,6 +929,8 @@ def path_length_binomial(blocks: int, low: int = 5, high: int = 17) -> PathLengt
     Args:
         low, high: of the share, both included.
     """
+    _check(1, whole=True, blocks=blocks)
+    _check(whole=True, low=low, high=high)
     paths = sum(math.comb(blocks, length) for length in range(low, min(high, blocks) + 1))
     return PathLengths(blocks / 2, math.sqrt(blocks) / 2, paths / 2**blocks)
 
@@ -889,6 +940,8 @@ def expected_depth(blocks: int, drop_rate: float = 0.5) -> float:
 
     (3·blocks − 1)/4 at the default. Huang et al. 2016 (arXiv 1603.09382, §3).
     """
+    _check(1, whole=True, blocks=blocks)
+    _check(0.0, 1.0, drop_rate=drop_rate)
     return blocks - drop_rate * (blocks + 1) / 2
 
 
@@ -898,6 +951,8 @@ def highway_growth(gate: float, branch_chi: float = 1.0) -> float:
     Args:
         branch_chi: χ, squared growth through F.
     """
+    _check(0.0, 1.0, gate=gate)
+    _check(branch_chi=branch_chi)
     return gate**2 * branch_chi + (1 - gate) ** 2
 
 
@@ -936,6 +991,8 @@ def tailored_slope(depth: int, cosine: float = 0.9) -> float:
         SpecError: ReLU itself stays below that cosine.
     """
 
+    _check(1, whole=True, depth=depth)
+
     def excess(slope: float) -> float:
         c = np.zeros(())
         for _ in range(depth):
@@ -953,6 +1010,7 @@ def tailored_slope(depth: int, cosine: float = 0.9) -> float:
 
 def _padded_map(size: int, kernel: int) -> Array:
     """(size, size) share of the squared signal from place to place along one dimension."""
+    _check(1, whole=True, size=size, kernel=kernel)
     if kernel % 2 == 0:
         raise SpecError(f"kernel={kernel}: allowed is an odd number")
     places = np.arange(size)
@@ -982,6 +1040,7 @@ def padding_profile(depth: int, size: int | tuple[int, int], kernel: int = 3) ->
 
     Activations that scale with their input (rectifiers) leave it as it is; others do not.
     """
+    _check(whole=True, depth=depth)
     left = np.ones(depth + 1)
     for length in _both_sizes(size):
         places = np.full(length, 1 / length)
@@ -1010,6 +1069,7 @@ def jacobian_variance(
     Args:
         q: the length in every layer.
     """
+    _check(1, whole=True, depth=depth)
     phi = _activation(activation, negative_slope)
     fourth = expectation(lambda u: phi.derivative(u) ** 4, q)
     return depth * (fourth / phi.slope(q) ** 2 - 1 + (not orthogonal))
@@ -1024,6 +1084,8 @@ def log_length_variance(widths: Sequence[int]) -> float:
     Args:
         widths: n_l of each layer.
     """
+    for width in widths:
+        _check(1, whole=True, widths=width)
     return sum(5 / width for width in widths)
 
 
@@ -1057,6 +1119,8 @@ def underflow_depth(growth: float, format: str, *, rms: float = 1.0, elements: i
     """
     if format not in FORMATS:
         raise SpecError(f"format={format}: allowed is {', '.join(FORMATS)}")
+    _check(above=True, growth=growth, rms=rms)
+    _check(1, whole=True, elements=elements)
     if growth == 1:
         return math.inf
     smallest, most = FORMATS[format]

@@ -115,6 +115,15 @@ RUNS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+def network_for(name: str) -> nn.Module:
+    """In training mode, but for the batch norms where it is about Jacobians."""
+    network = noisy_network()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and name.startswith("jacobian"):
+            module.eval()
+    return network
+
+
 class Tokens(nn.Module):
     """A block with outputs (N, tokens, width), of no effect."""
 
@@ -144,7 +153,7 @@ def all_of(network: nn.Module) -> list[object]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_model_is_left_as_it_was(name: str) -> None:
-    network = noisy_network()
+    network = network_for(name)
     before = all_of(network)
     run = RUNS[name]
     first = run(network)
@@ -158,7 +167,7 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "displacement"])
 def test_it_is_left_as_it_was_by_passes_that_fail(name: str) -> None:
-    network = noisy_network()
+    network = network_for(name)
 
     def fail(*_: object) -> None:
         raise RuntimeError("mid-way")
@@ -171,7 +180,7 @@ def test_it_is_left_as_it_was_by_passes_that_fail(name: str) -> None:
 
 
 def test_a_paused_recorder_sees_nothing() -> None:
-    network = noisy_network()
+    network = network_for("jacobian")
     with Recorder(network) as recorder:
         with recorder.paused():
             for run in RUNS.values():
@@ -452,6 +461,31 @@ def test_moments_are_jv_and_its_way_back_exactly() -> None:
     fourth = np.mean([(jacobian.T @ jacobian @ v).square().sum().item() for v in signs]) / 4
     readings = probes.jacobian_moments(network, x, seed=5, vectors=3)
     assert [r.value for r in readings] == near([second, fourth / second**2 - 1], rel=1e-9)
+
+
+@pytest.mark.parametrize("probe", ["spectrum", "moments"])
+def test_a_jacobian_with_the_statistics_of_a_batch_is_refused(probe: str) -> None:
+    """In evaluation mode it is diag(γ/√(σ² + ε)), γ = 3 and σ² = 4."""
+    norm = nn.BatchNorm1d(5, eps=0.0, dtype=F64)
+    norm.weight.data.fill_(3)
+    norm.running_var.fill_(4)  # type: ignore[union-attr]
+    network = nn.Sequential(nn.Identity(), nn.Sequential(norm), nn.BatchNorm1d(5, eps=0.0).double())
+
+    def run(model: nn.Module) -> list[Reading]:
+        if probe == "spectrum":
+            return probes.jacobian_spectrum(model, drawn(2, 5))
+        return probes.jacobian_moments(model, drawn(2, 5), seed=0, vectors=2)
+
+    network.eval()
+    assert values(run(network), "jacobian_mean_squared_singular_value") == near([9 / 4] * 2)
+    network[2].train()
+    with pytest.raises(GradflowError, match=r"^2: a Jacobian needs batch norm in evaluation mode"):
+        run(network)
+    network.train()
+    with pytest.raises(GradflowError, match=r"^1\.0: a Jacobian needs"):
+        run(network)
+    with pytest.raises(GradflowError, match=r"^BatchNorm1d: .* with running statistics$"):
+        run(nn.BatchNorm1d(5, track_running_stats=False).eval())
 
 
 # --- shattering -----------------------------------------------------------------------------------
@@ -754,8 +788,11 @@ def test_which_blocks_can_be_deleted(skip: bool, several: list[str]) -> None:
     assert alone == [f"{name}.skip" for name in several]
     with pytest.raises(SpecError, match=r"blocks=fc: allowed is layer1\.0\.skip"):
         probes.lesion(network, lambda: 0.5, x, seed=0, blocks=["fc"])
-    with pytest.raises(GradflowError, match="lesion: no block"):
+    with pytest.raises(GradflowError, match="the model has no block: none of its modules"):
         probes.lesion(nn.Linear(2, 2), lambda: 0.5, torch.randn(1, 2), seed=0)
+    narrowing = Block(nn.Linear(2, 1), Skip("none"))
+    with pytest.raises(GradflowError, match="lesion: no block has a branch of the shape"):
+        probes.lesion(narrowing, lambda: 0.5, torch.randn(1, 2), seed=0)
 
 
 def test_whose_a_blocks_parameters_are() -> None:
@@ -836,6 +873,19 @@ def test_gradients_beyond_an_overflow_say_nothing() -> None:
     found = probes.underflow_depth(nn.Sequential(*layers), x, torch.float32, seed=1)
     assert found[0] == Reading("first_overflow", 122.0)
     assert all(math.isnan(reading.value) for reading in found[1:])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activations_in_place_leave_the_layers_outputs(inplace: bool) -> None:
+    """ReLU makes 0 of the −2^17, infinite in float16, that layer 16 puts out."""
+    weights = [2.0] * 15 + [-4.0] + [1.0] * 4
+    layers = [nn.Sequential(linear([[w]]), nn.ReLU(inplace=inplace)) for w in weights]
+    network, one = nn.Sequential(*layers), torch.ones(1, 1)
+    found = probes.underflow_depth(network, one, torch.float16, seed=1)
+    assert found[0] == Reading("first_overflow", 16.0)
+    # In float32 no gradient passes that ReLU, from layer 17 on; layer 16's own is not on the way.
+    found = probes.underflow_depth(network, one, torch.float32, seed=1)
+    assert found[1] == Reading("first_all_zero_gradient", 17.0)
 
 
 def test_a_network_that_keeps_its_numbers_never_runs_out_of_them() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradflow.errors import GradflowError
 from gradflow.recording.probes.passes import Reading, differentiable, output_of, untouched, wide
 
 _ROWS = 128
@@ -30,7 +32,11 @@ def jacobian_spectrum(model: nn.Module, inputs: Tensor) -> list[Reading]:
         min(number of inputs' elements, of outputs') in falling order. Then, at each `input`,
         `jacobian_mean_squared_singular_value` and `jacobian_spectrum_variance`, their variance
         over their squared mean.
+
+    Raises:
+        GradflowError: a batch norm takes the statistics of the batch.
     """
+    _check_batch_norms(model)
     spectra = [_spectrum(_jacobian(model, x)) for x in inputs.split(1)]
     values = enumerate(torch.cat(spectra).tolist())
     return [
@@ -65,7 +71,11 @@ def jacobian_moments(
     Returns:
         `jacobian_mean_squared_singular_value` and `jacobian_spectrum_variance` at each `input`, as
         `jacobian_spectrum` gives them.
+
+    Raises:
+        GradflowError: a batch norm takes the statistics of the batch.
     """
+    _check_batch_norms(model)
     x = differentiable(inputs.repeat_interleave(vectors, dim=0))
     signs = torch.randint(2, x.shape, generator=Generator().manual_seed(seed), device="cpu")
     signs = (2 * signs - 1).to(x)
@@ -121,6 +131,16 @@ def shattering(
         Reading("gradient_autocorrelation", value, x_name="lag", x=float(lag))
         for lag, value in enumerate(found, 1)
     ]
+
+
+def _check_batch_norms(model: nn.Module) -> None:
+    """With the statistics of a batch, an output is no function of its own input alone."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise GradflowError(
+                f"{name or type(module).__name__}: a Jacobian needs batch norm in evaluation mode, "
+                "with running statistics"
+            )
 
 
 def _jacobian(model: nn.Module, x: Tensor) -> Tensor:

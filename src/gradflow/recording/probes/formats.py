@@ -43,8 +43,9 @@ def underflow_depth(
     twin, inputs = cast_copy(model, inputs, dtype)
     outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         outputs.append(output)
+        return output.clone()  # what an activation that works in place may overwrite
 
     for module in twin.modules():
         if kind_of(module) in ("conv", "linear"):

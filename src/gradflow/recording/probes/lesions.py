@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradflow.errors import GradflowError, SpecError
 from gradflow.recording.modules import block_owners, is_block, wrap_terms
-from gradflow.recording.probes.passes import Reading, untouched
+from gradflow.recording.probes.passes import Reading, blocks_of, untouched
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def lesion(
         among those deleted, from 0.
 
     Raises:
-        GradflowError: no block can be deleted.
+        GradflowError: the model has no block, or none that can be deleted.
         SpecError: one of `blocks` cannot.
     """
     possible = _deletable(model, inputs)
@@ -158,9 +158,8 @@ def _deletable(model: nn.Module, inputs: Tensor) -> list[str]:
         return terms(x, branch)
 
     with contextlib.ExitStack() as undo, untouched(model), torch.no_grad():
-        for name, module in model.named_modules():
-            if is_block(module):
-                undo.callback(wrap_terms(module, partial(look, name)))
+        for name, block in blocks_of(model).items():
+            undo.callback(wrap_terms(block, partial(look, name)))
         model.eval()
         model(inputs)
     return [name for name, fit in fits.items() if fit]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from gradflow.errors import GradflowError
 from gradflow.recording.modules import is_block, kind_of, tensors_of
 
 
@@ -116,6 +117,18 @@ def watched(model: nn.Module) -> dict[str, nn.Module]:
         or kind_of(module) == "norm"
         or any(p.is_floating_point() for p in module.parameters(recurse=False))
     }
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """By name.
+
+    Raises:
+        GradflowError: there is no block.
+    """
+    blocks = {name: module for name, module in model.named_modules() if is_block(module)}
+    if not blocks:
+        raise GradflowError("the model has no block: none of its modules declares terms(x, branch)")
+    return blocks
 
 
 def observe(

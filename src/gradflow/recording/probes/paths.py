@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradflow.errors import GradflowError
-from gradflow.recording.modules import is_block, wrap_terms
+from gradflow.recording.modules import wrap_terms
 from gradflow.recording.probes.passes import (
     Reading,
+    blocks_of,
     cast_copy,
     differentiable,
     output_of,
@@ -33,11 +33,8 @@ def around_terms(
     Raises:
         GradflowError: there is no block.
     """
-    blocks = [module for module in model.modules() if is_block(module)]
-    if not blocks:
-        raise GradflowError("the model has no block: none of its modules declares terms(x, branch)")
     with contextlib.ExitStack() as undo:
-        for block in blocks:
+        for block in blocks_of(model).values():
             undo.callback(wrap_terms(block, around))
         yield
 
