@@ -49,7 +49,7 @@ def call(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "HERE", tmp_path)
     monkeypatch.setattr(experiments, "__path__", [str(tmp_path)])
 
-    def run(*arguments, name="kept", rate=1.0, recorded="reproduced", seeds=4):
+    def run(*arguments, name="kept", rate=1.0, recorded="reproduced", seeds=8):
         text = FILE.format(rate=rate, recorded=recorded, seeds=seeds)
         (tmp_path / f"{name}.py").write_text(text)
         code = command_line.main([*arguments, "--runs", str(tmp_path / "runs")])
@@ -65,10 +65,10 @@ def test_from_a_file_to_a_verdict(call, tmp_path):
     code, said, _ = call("kept", "--quick", "--check")
     assert code == 0
     assert "kept: reproduced, quick" in said
-    assert len(load_runs(tmp_path / "runs")) == 3
+    assert len(load_runs(tmp_path / "runs")) == 6
     code, said, _ = call("--all", "--check")
     assert code == 0
-    assert "1 finding: 1 reproduced.\n4 runs: 4 done; 3 of them from before." in said
+    assert "1 finding: 1 reproduced.\n8 runs: 8 done; 6 of them from before." in said
     code, said, _ = call()
     assert "kept: reproduced" in said
 

@@ -30,7 +30,8 @@ INCONCLUSIVE, NOT_RUN = "inconclusive", "not run"
 WORDS = (REPRODUCED, CONTRADICTED, INCONCLUSIVE, NOT_RUN)
 FIRST_SEED = 100
 """Confirmation seeds are this and up: no region was chosen with a look at them."""
-TRAINED_SEEDS, INITIAL_SEEDS, QUICK_SEEDS = 5, 10, 3
+TRAINED_SEEDS, INITIAL_SEEDS = 5, 10
+QUICK_TRAINED_SEEDS, QUICK_INITIAL_SEEDS = 3, 6
 ERROR_RATE = 0.05
 """Chance that any of a finding's intervals misses its true value, over all its comparisons."""
 MOST_SEEDS = 1000
@@ -236,7 +237,8 @@ class Finding:
         return tuple(c for c in self.comparisons if not (quick and c.slow))
 
     def confirmation_seeds(self, *, quick: bool = False) -> range:
-        count = min(self.seeds, QUICK_SEEDS) if quick else self.seeds
+        fewer = QUICK_TRAINED_SEEDS if self.trained else QUICK_INITIAL_SEEDS
+        count = min(self.seeds, fewer) if quick else self.seeds
         return range(FIRST_SEED, FIRST_SEED + count)
 
     def runs(self, *, quick: bool = False, extended: bool = False) -> list[RunSpec]:
