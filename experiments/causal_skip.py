@@ -424,5 +424,8 @@ FINDING = Finding(
     notes="At depth 56 backward-only networks either begin to train, to about half of the images, "
     "or stay at chance: three and two of five seeds. Of such an arm a mean says little, and what "
     "the backward half buys is left open here. What forward-only fits it does not understand: its "
-    "test accuracy is the control's, close to chance, where the residual network's is near 1.",
+    "test accuracy is the control's, close to chance, where the residual network's is near 1. A "
+    "control that trains the last seven blocks fits more than forward-only does (training error "
+    ".001 against .33) and generalises as little: what forward-only gains over one block is no "
+    "more than a few last blocks gain on frozen features.",
 )
