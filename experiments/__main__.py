@@ -68,12 +68,16 @@ def _listing(known: dict[str, Finding], runs: str, quick: bool) -> str:
     for heading, members in findings.by_chapter(known.values()).items():
         lines += [heading, ""]
         for finding in members:
-            words = findings.verdict(finding, [runs], quick=quick).words
+            words = _judged(finding, runs, quick).words
             lines.append(f"  {finding.id}: {words}")
             lines.append(f"      {finding.claim}.")
             lines.append(f"      {finding.source}. {finding.part('Cost')}")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _judged(finding: Finding, runs: str, quick: bool) -> Verdict:
+    return findings.verdict(finding, findings.lookup(finding, [runs]), quick=quick)
 
 
 def _run(chosen: list[Finding], options: argparse.Namespace) -> int:
@@ -90,9 +94,9 @@ def _run(chosen: list[Finding], options: argparse.Namespace) -> int:
             threads=1,
             jobs="auto" if options.jobs is None else options.jobs,
         )
-    verdicts = [findings.verdict(f, [options.runs], quick=options.quick) for f in chosen]
+    verdicts = [_judged(finding, options.runs, options.quick) for finding in chosen]
     print("\n\n".join(map(_told, verdicts)))
-    print(f"\n{_counted(verdicts)}\n{done.summary()}")
+    print(f"\n{findings.counted(verdicts)}.\n{done.summary()}")
     others = [verdict for verdict in verdicts if not verdict.as_recorded]
     for verdict in others if options.check else ():
         finding = verdict.finding
@@ -115,12 +119,6 @@ def _numbers(result: Result) -> str:
     theory = "" if asked.region.theory is None else f", theory {asked.region.theory:.4g}"
     region = findings.region_words(asked.region)
     return f"{asked.name}: {words}; region {region}{theory}: {result.word}"
-
-
-def _counted(verdicts: list[Verdict]) -> str:
-    counts = {word: sum(v.word == word for v in verdicts) for word in findings.WORDS}
-    words = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    return f"{len(verdicts)} finding{'s' * (len(verdicts) != 1)}: {words}."
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ FINDING = Finding(
     ),
     recorded="reproduced",
     seeds=TRAINED_SEEDS,
-    shown=(LONGER,),
+    beside={LONGER: 1},
     figure=Figure(
         (
             *(

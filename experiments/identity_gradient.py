@@ -76,5 +76,5 @@ FINDING = Finding(
         x="block, counted from the input",
         y="squared norm of the gradient with respect to the block's input",
     ),
-    shown=(USUAL,),
+    beside={USUAL: 1},
 )

@@ -64,7 +64,7 @@ FINDING = Finding(
         x="layer, counted from the input",
         y="squared norm of the pre-activations' gradient",
     ),
-    shown=("batch norm, relu",),
+    beside={"batch norm, relu": 1},
     notes="Without nonlinearity batch normalisation at batch B still multiplies by (B − 2)/(B − 3) "
     "a layer, 1.008 at 128: the explosion is that of the nonlinearity and the batch together.",
 )

@@ -59,7 +59,7 @@ FINDING = Finding(
         x="layer, counted from the input",
         y="squared norm of the pre-activations' gradient",
     ),
-    shown=("tanh",),
+    beside={"tanh": 1},
     notes="tanh with the same initialisation, drawn beside it, shrinks the gradient by ever less "
     "as the signal fades: no exponential fits, and none is fitted.",
 )

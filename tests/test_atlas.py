@@ -197,7 +197,7 @@ def test_all_findings_are_listed_in_the_order_of_the_course(whole):
         "damaged": "not run",
     }  # fmt: skip
     assert list(rows)[1:4] == ["yes", "identity", "no"]
-    verdict = findings.verdict(KNOWN[1], [whole[0] / "runs"])
+    verdict = findings.verdict(KNOWN[1], findings.lookup(KNOWN[1], [whole[0] / "runs"]))
     first = verdict.results[0]
     assert rows["no"][2] == "1 of 2"
     assert rows["no"][3] == f"ρ, he: {first.mean:.4g}"
@@ -284,7 +284,7 @@ def test_every_comparison_is_a_row_of_the_table(whole):
                            "theory", "seeds", "verdict", "quick"]  # fmt: skip
     for name, quick in (("no", False), ("hurried", True)):
         found = next(f for f in KNOWN if f.id == name)
-        verdict = findings.verdict(found, [place / "runs"], quick=quick)
+        verdict = findings.verdict(found, findings.lookup(found, [place / "runs"]), quick=quick)
         here = frame[frame["finding"] == name]
         for row, result in zip(here.to_dict("records"), verdict.results, strict=True):
             assert (row["low"], row["mean"], row["high"]) == (result.low, result.mean, result.high)

@@ -24,7 +24,6 @@ from gradflow.findings import (
     FIRST_SEED,
     NOT_RUN,
     REPRODUCED,
-    WORDS,
     Curve,
     Exhibit,
     Finding,
@@ -131,7 +130,7 @@ def _entry(finding: Finding, stores: Sequence[str | Path]) -> Entry:
     problems: list[str] = []
     find = findings.lookup(finding, stores)
     try:
-        verdict = _verdict(finding, stores)
+        verdict = _verdict(finding, find)
     except GradflowError as error:
         return Entry(Verdict(finding, (), needed=1), problems=(f"cannot be judged: {error}",))
     try:
@@ -147,12 +146,12 @@ def _entry(finding: Finding, stores: Sequence[str | Path]) -> Entry:
     return Entry(verdict, drawn, exhibit, tuple(problems))
 
 
-def _verdict(finding: Finding, stores: Sequence[str | Path]) -> Verdict:
+def _verdict(finding: Finding, find: Lookup) -> Verdict:
     """The whole verdict; where it has not been run, and the quick one has, the quick one."""
-    whole = findings.verdict(finding, stores)
+    whole = findings.verdict(finding, find)
     if whole.word != NOT_RUN or whole.missing == whole.needed:
         return whole
-    quick = findings.verdict(finding, stores, quick=True)
+    quick = findings.verdict(finding, find, quick=True)
     return whole if quick.word == NOT_RUN else quick
 
 
@@ -183,14 +182,8 @@ def _line(curve: Curve, seed: int, records: Sequence[Any]) -> pd.DataFrame:
 
 
 def counts(entries: Iterable[Entry]) -> str:
-    """`33 findings: 28 reproduced (4 quick), 2 contradicted, 3 not run`."""
-    verdicts = [entry.verdict for entry in entries]
-    told = []
-    for word in WORDS:
-        here = [verdict.quick for verdict in verdicts if verdict.word == word]
-        quick = f" ({sum(here)} quick)" if any(here) else ""
-        told += [f"{len(here)} {word}{quick}"] if here else []
-    return f"{len(verdicts)} finding{'s' * (len(verdicts) != 1)}: {', '.join(told)}"
+    """How many findings have which verdict."""
+    return findings.counted([entry.verdict for entry in entries])
 
 
 def table(entries: Iterable[Entry]) -> pd.DataFrame:

@@ -181,8 +181,7 @@ class Finding:
         recorded: the verdict of the confirmation seeds, as a word; what `--check` compares with.
         seeds: how many confirmation seeds.
         figure: what is drawn beside the intervals.
-        shown: arms that are run and shown without being compared, on the first seed alone.
-        beside: arm -> how many seeds of it are run and shown with the verdict, undecided by it.
+        beside: arm -> how many seeds of it are run and shown with the verdict, without deciding.
         extension: arm -> how many seeds of it are run, beyond the verdict, when the finding is
             asked for by name.
         exhibit: what is shown of all that was run; None where there is too little.
@@ -197,7 +196,6 @@ class Finding:
     recorded: str
     seeds: int = INITIAL_SEEDS
     figure: Figure | None = None
-    shown: tuple[str, ...] = ()
     beside: Mapping[str, int] = field(default_factory=dict)
     extension: Mapping[str, int] = field(default_factory=dict)
     exhibit: Callable[[Lookup], Exhibit | None] | None = None
@@ -211,7 +209,7 @@ class Finding:
         if self.recorded not in WORDS:
             raise SpecError(f"recorded={self.recorded}: allowed is {', '.join(WORDS)}")
         used = {arm for comparison in self.comparisons for arm in comparison.arms}
-        for arm in sorted({*used, *self.shown, *self.beside, *self.extension} ^ {*self.specs}):
+        for arm in sorted({*used, *self.beside, *self.extension} ^ {*self.specs}):
             raise SpecError(f"{arm}: an arm without a spec, or a spec that nothing compares")
 
     @property
@@ -241,19 +239,20 @@ class Finding:
         count = min(self.seeds, fewer) if quick else self.seeds
         return range(FIRST_SEED, FIRST_SEED + count)
 
-    def runs(self, *, quick: bool = False, extended: bool = False) -> list[RunSpec]:
-        """Every run that the verdict needs, and those beyond it."""
+    def needed(self, *, quick: bool = False, extended: bool = False) -> list[tuple[str, int]]:
+        """Arm and seed of every run that the verdict needs, and of those beyond it."""
         arms = dict.fromkeys(arm for c in self.compared(quick=quick) for arm in c.arms)
-        seeds = self.confirmation_seeds(quick=quick)
-        needed = [self.spec(arm, seed) for arm in arms for seed in seeds]
-        shown = [] if quick else [self.spec(arm, FIRST_SEED) for arm in self.shown]
+        deciding = [(arm, seed) for arm in arms for seed in self.confirmation_seeds(quick=quick)]
         others = {} if quick else {**self.beside, **(self.extension if extended else {})}
         beyond = [
-            self.spec(arm, FIRST_SEED + place)
-            for arm, count in others.items()
-            for place in range(count)
+            (arm, FIRST_SEED + place) for arm, count in others.items() for place in range(count)
         ]
-        return list(dict.fromkeys([*needed, *shown, *beyond]))
+        return list(dict.fromkeys([*deciding, *beyond]))
+
+    def runs(self, *, quick: bool = False, extended: bool = False) -> list[RunSpec]:
+        """The specs of `needed`, each once."""
+        needed = self.needed(quick=quick, extended=extended)
+        return list(dict.fromkeys(self.spec(arm, seed) for arm, seed in needed))
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,6 @@ class Verdict:
     quick: bool = False
     missing: int = 0
     needed: int = 0
-    shown: Mapping[str, Record] = field(default_factory=dict, repr=False)
 
     @property
     def word(self) -> str:
@@ -385,32 +383,20 @@ def seeds_needed(sample: NDArray[np.float64], region: NDArray[np.float64], level
     return 2 * MOST_SEEDS + len(sample)
 
 
-def verdict(finding: Finding, stores: Sequence[str | Path], *, quick: bool = False) -> Verdict:
-    """What the stores' runs say of a finding; pure reading.
+def lookup(finding: Finding, stores: Sequence[str | Path]) -> Lookup:
+    """Finds the finding's runs in the stores, each once."""
+    return functools.cache(lambda arm, seed: _find(stores, finding.spec(arm, seed)))
+
+
+def verdict(finding: Finding, find: Lookup, *, quick: bool = False) -> Verdict:
+    """What the runs that `find` finds say of a finding; pure reading.
 
     Raises:
         GradflowError: a record that lacks what the finding reads.
     """
-    needed = finding.runs(quick=quick)
-    there = {spec: run for spec in needed if (run := _find(stores, spec)) is not None}
-    shown = {
-        arm: there[spec]
-        for arm in finding.shown
-        if (spec := finding.spec(arm, FIRST_SEED)) in there
-    }
-    return decide(
-        finding,
-        lambda arm, seed: there.get(finding.spec(arm, seed)),
-        quick=quick,
-        missing=len(needed) - len(there),
-        needed=len(needed),
-        shown=shown,
-    )
-
-
-def lookup(finding: Finding, stores: Sequence[str | Path]) -> Lookup:
-    """Finds the finding's runs in the stores, each once."""
-    return functools.cache(lambda arm, seed: _find(stores, finding.spec(arm, seed)))
+    needed = finding.needed(quick=quick)
+    missing = sum(find(arm, seed) is None for arm, seed in needed)
+    return decide(finding, find, quick=quick, missing=missing, needed=len(needed))
 
 
 def decide(finding: Finding, record: Lookup, **about: Any) -> Verdict:
@@ -443,6 +429,16 @@ def _effect(finding: Finding, comparison: Comparison, records: list[Any]) -> flo
 def _find(stores: Sequence[str | Path], spec: RunSpec) -> Run | None:
     found = (find(store, spec) for store in stores)
     return next((run for run in found if run is not None), None)
+
+
+def counted(verdicts: Sequence[Verdict]) -> str:
+    """`33 findings: 28 reproduced (4 quick), 2 contradicted, 3 not run`."""
+    told = []
+    for word in WORDS:
+        here = [verdict.quick for verdict in verdicts if verdict.word == word]
+        quick = f" ({sum(here)} quick)" if any(here) else ""
+        told += [f"{len(here)} {word}{quick}"] if here else []
+    return f"{len(verdicts)} finding{'s' * (len(verdicts) != 1)}: {', '.join(told)}"
 
 
 def by_chapter(findings: Iterable[Finding]) -> dict[str, list[Finding]]:

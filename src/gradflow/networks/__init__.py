@@ -88,16 +88,11 @@ def build(spec: RunSpec, *, in_channels: int, num_classes: int) -> nn.Module:
     check_sizes(in_channels=in_channels, num_classes=num_classes)
     if spec.network.name == "custom":
         return _custom(spec)
-    assert spec.init is not None
     return initialized(
         lambda: _network(spec, in_channels, num_classes),
-        spec.init,
+        spec,
         seed=spec.seed,
         dtype=torch.float64 if spec.precision == "fp64" else torch.float32,
-        activation=spec.activation,
-        negative_slope=spec.negative_slope,
-        sigma_w=spec.sigma_w,
-        sigma_b=spec.sigma_b,
     )
 
 

@@ -143,14 +143,11 @@ def chain(
     }
     network = initialized(
         lambda: Chain([block() for _ in range(depth)], width),
-        inits[0],
+        spec,
+        init=inits[0],
         others=others,
         seed=seed,
         dtype=_dtype(dtype),
-        activation=spec.activation,
-        negative_slope=spec.negative_slope,
-        sigma_w=spec.sigma_w,
-        sigma_b=spec.sigma_b,
     )
     if gate_bias is not None:
         for module in network.modules():
@@ -212,13 +209,9 @@ def conv_chain(
 
     return initialized(
         lambda: Chain([block() for _ in range(depth)], scale=scale),
-        init,
+        spec,
         seed=seed,
         dtype=_dtype(dtype),
-        activation=spec.activation,
-        negative_slope=spec.negative_slope,
-        sigma_w=spec.sigma_w,
-        sigma_b=spec.sigma_b,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from gradflow.errors import SpecError
 from gradflow.networks.activations import MirroredLinear
 from gradflow.seeding import derived_seed
+from gradflow.spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,39 @@ Network = TypeVar("Network", bound=nn.Module)
 
 def initialized(
     make: Callable[[], Network],
-    init: str,
+    spec: RunSpec,
     *,
     seed: int | None,
     dtype: torch.dtype = torch.float32,
-    **options: Any,
+    init: str | None = None,
+    others: Mapping[str, str] | None = None,
 ) -> Network:
-    """What `make` builds, on the CPU, in `dtype` and with its initial parameters.
+    """What `make` builds, on the CPU, in `dtype` and with a spec's initial parameters.
 
     torch's global generator is used and changed only where `seed` is None: it draws the seed.
 
     Args:
-        options: those of `initialize`.
+        spec: its activation, σ and, unless `init` is given, its initialisation are meant.
+        others: as for `initialize`.
     """
+    init = init or spec.init
+    assert init is not None
+    assert spec.activation is not None
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     # The layers' constructors draw numbers, which `initialize` replaces.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         network = make().to(dtype)
-    initialize(network, init, seed=seed, **options)
+    initialize(
+        network,
+        init,
+        seed=seed,
+        activation=spec.activation,
+        negative_slope=spec.negative_slope,
+        sigma_w=spec.sigma_w,
+        sigma_b=spec.sigma_b,
+        others=others,
+    )
     return network
 
 

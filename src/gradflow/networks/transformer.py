@@ -147,7 +147,6 @@ def transformer(
         activation=activation,
         init=init,
     )
-    assert spec.init is not None
     style = Layers.of(spec)
 
     def sublayer(branch: nn.Module) -> Sublayer:
@@ -175,12 +174,8 @@ def transformer(
 
     network = initialized(
         make,
-        spec.init,
+        spec,
         seed=seed,
-        activation=spec.activation,
-        negative_slope=spec.negative_slope,
-        sigma_w=spec.sigma_w,
-        sigma_b=spec.sigma_b,
     )
     if uniform_attention:
         _attend_to_all_alike(network)
