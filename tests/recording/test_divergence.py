@@ -8,8 +8,7 @@ from recorded import ALWAYS
 from torch import Tensor, nn
 
 from gradflow import Recorder, Skip
-from gradflow.recording import Divergence
-from gradflow.recording import recorder as module
+from gradflow.recording import Divergence, buffers
 
 NEVER = dict.fromkeys(("weights", "outputs", "blocks"), lambda step: False)
 
@@ -144,7 +143,7 @@ def test_the_first_stays_the_first() -> None:
 def test_the_module_is_named_whenever_buffers_are_emptied(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FLUSH_STEPS", count)
+    monkeypatch.setattr(buffers, "FLUSH_STEPS", count)
     for broken in range(4):
         model = network()
         with Recorder(model, schedule=ALWAYS) as recorder:

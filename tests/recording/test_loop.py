@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from gradflow import Recorder, Skip, build_network, schema
 from gradflow.errors import SpecError
-from gradflow.recording import Divergence
-from gradflow.recording import recorder as module
+from gradflow.recording import Divergence, buffers
 from gradflow.recording.schedules import every
 
 
@@ -57,7 +56,7 @@ def test_update_norm_is_what_the_optimizer_added(
 
 
 def test_update_norm_is_null_where_no_update_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BUFFER_BYTES", 1)  # each step takes the place of the one before
+    monkeypatch.setattr(buffers, "BUFFER_BYTES", 1)  # each step takes the place of the one before
     network = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     with Recorder(network, ["update_norm", "weight_norm"], optimizer=optimizer) as recorder:
@@ -362,10 +361,10 @@ def test_an_exception_leaves_the_record_readable_and_the_model_clean() -> None:
 
     def train() -> None:
         with recorder:
-            # Two layers before and after, the whole, a block's terms, the optimizer.
-            assert attached(network, optimizer) == 2 * 2 + 3
+            # Two layers and the whole, before and after each, a block's terms, the optimizer.
+            assert attached(network, optimizer) == 2 * 2 + 2 + 2
             loop(recorder, 2)
-            assert attached(network, optimizer) == 2 + 3  # their order is known
+            assert attached(network, optimizer) == 2 + 2 + 2  # their order is known
             network(torch.randn(3, 4))  # the step under way is not finished: nothing of it stays
             raise ZeroDivisionError
 
@@ -498,7 +497,7 @@ def test_its_own_time_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(schema, "table", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: float(now[0]))
-    monkeypatch.setattr(module, "_FLUSH_STEPS", 1)
+    monkeypatch.setattr(buffers, "FLUSH_STEPS", 1)
     with Recorder(nn.Linear(4, 4), schedule=ALWAYS) as recorder:
         loop(recorder, 5)
     assert recorder.seconds == now[0] == 5 * 3  # weights, outputs, steps

@@ -9,9 +9,9 @@ from recorded import near
 from torch import Tensor
 
 from gradflow.recording import norms as module
-from gradflow.recording.norms import norm, norms
+from gradflow.recording.norms import Norms, norm, norms
 
-SIZES = (1, 7, 64, 1000, 2**13 - 1, 2**13, 2**13 + 1, 2**14, 36864, 2**16, 2**17)
+SIZES = (1, 7, 64, 127, 128, 131, 1000, 2**13 - 1, 2**13, 2**14, 2304, 36864, 2**16, 2**17)
 MANY = 2**17 + 1
 
 
@@ -54,9 +54,28 @@ def test_float32_to_a_millionth(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILLED)
-def test_large_tensors_are_as_in_float64(name: str) -> None:
+def test_tensors_without_rows_are_as_in_float64(name: str) -> None:
+    """MANY is 3 · 43691: no rows of 8 to 128 elements make it up."""
     tensor = FILLED[name](MANY)
     assert norms([tensor]).item() == near(exact(tensor), rel=1e-14)
+
+
+@pytest.mark.parametrize("name", FILLED)
+@pytest.mark.parametrize("shape", [(64,), (4, 9), (8, 4, 3, 3), (64, 300)])
+def test_tensors_of_one_shape_are_measured_together_as_each_alone(name: str, shape: tuple) -> None:
+    """In any number and order, beside others, in any layout, and twice by one plan."""
+    tensors = [
+        FILLED[name](math.prod(shape))[: math.prod(shape)].reshape(shape) * factor
+        for factor in (1, 0.5, 0, 3)
+    ]
+    if len(shape) == 4:
+        tensors[1] = tensors[1].to(memory_format=torch.channels_last)
+    tensors[2:2] = [random(7), torch.tensor(2.0)]
+    plan = Norms(tensors)
+    for measured in (tensors, [2 * tensor for tensor in tensors]):
+        assert plan(measured).tolist() == near([exact(tensor) for tensor in measured], rel=1e-6)
+    with pytest.raises(ValueError, match="3 tensors, 6 were expected"):
+        plan(tensors[:3])
 
 
 @pytest.mark.parametrize("count", [100, 2**13, 20_000, 2**16 + 7, 2**17])

@@ -19,7 +19,7 @@ from torch import nn
 
 from gradflow import Recorder, Skip, build_network, load_runs, schema
 from gradflow.errors import SpecError, StoreError
-from gradflow.recording import recorder as module
+from gradflow.recording import buffers
 from gradflow.recording.schedules import every
 from gradflow.store import Run
 
@@ -195,8 +195,8 @@ def test_a_loop_that_goes_on_counts_its_steps(tmp_path: Path) -> None:
 CHILD = """
 import sys, torch
 from gradflow import Recorder
-from gradflow.recording import recorder as module
-module._FLUSH_SECONDS = 0.0
+from gradflow.recording import buffers
+buffers.FLUSH_SECONDS = 0.0
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
 with Recorder(model, save=sys.argv[1], meta={"depth": 2}) as recorder:
     for step in range(4):
@@ -285,10 +285,10 @@ def test_a_saved_run_ends_with_its_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("saved", "limit", "value"),
     [
-        (False, "_FLUSH_STEPS", 3),
-        (True, "_FLUSH_STEPS", 3),
-        (False, "_BUFFER_BYTES", 1),
-        (True, "_FLUSH_SECONDS", 0.0),
+        (False, "FLUSH_STEPS", 3),
+        (True, "FLUSH_STEPS", 3),
+        (False, "BUFFER_BYTES", 1),
+        (True, "FLUSH_SECONDS", 0.0),
     ],
 )
 def test_many_flushes_give_the_table_of_one(
@@ -313,9 +313,9 @@ def test_many_flushes_give_the_table_of_one(
     monkeypatch.setattr(
         schema, "table", lambda name, *rest: written.append(name) or made(name, *rest)
     )
-    monkeypatch.setattr(module, limit, value)
+    monkeypatch.setattr(buffers, limit, value)
     many = call("many")
-    assert written.count("weights") == (4 if limit == "_FLUSH_STEPS" else 11)
+    assert written.count("weights") == (4 if limit == "FLUSH_STEPS" else 11)
     for table in ("modules", "weights", "outputs", "blocks", "steps"):
         pd.testing.assert_frame_equal(one.table(table), many.table(table))
     assert one.table("weights")["update_norm"].notna().all()

@@ -1,7 +1,8 @@
-"""What recording sees in a module: its kind, its output's tensors, whether it is a block."""
+"""What recording sees in a module: name, kind, its output's tensors, whether it is a block."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,8 @@ _NORMALISATIONS = (
     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm,
 )  # fmt: skip
 
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
 
 def kind_of(module: nn.Module) -> str:
     """`conv`, `linear`, `norm`, `embedding` or `other`."""
@@ -31,17 +34,33 @@ def kind_of(module: nn.Module) -> str:
     return "embedding" if isinstance(module, nn.Embedding | nn.EmbeddingBag) else "other"
 
 
-def tensors_of(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a module's output: one, or tuples, lists, dicts of them."""
+def name_of(path: str) -> str:
+    """A module's name without those that torch.compile, DDP and the like put around it."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The different floating-point tensors in a module's output, each once.
+
+    One, or those in tuples, lists, dicts and dataclasses.
+    """
+    if isinstance(output, Tensor):  # almost always
+        return [output] if output.is_floating_point() and output.numel() else []
+    return list({id(tensor): tensor for tensor in _walk(output)}.values())
+
+
+def _walk(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
+        yield from tensors_of(output)
     elif isinstance(output, Mapping):
         for item in output.values():
-            yield from tensors_of(item)
+            yield from _walk(item)
     elif isinstance(output, tuple | list):
         for item in output:
-            yield from tensors_of(item)
+            yield from _walk(item)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from _walk(getattr(output, field.name))
 
 
 # --- blocks ---------------------------------------------------------------------------------------

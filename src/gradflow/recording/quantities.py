@@ -28,6 +28,11 @@ class Quantity:
         """Whether the norm is divided by √(number of elements)."""
         return self.name.endswith("_rms")
 
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it is of a gradient, and so of what the loss was multiplied by."""
+        return "_grad_" in self.name
+
 
 QUANTITIES: dict[str, Quantity] = {
     quantity.name: quantity

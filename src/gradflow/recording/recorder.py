@@ -17,12 +17,11 @@ recorded steps are bitwise those without a recorder.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,10 +34,13 @@ from torch import Tensor, nn
 
 from gradflow.errors import SpecError
 from gradflow.ranks import Ranks
+from gradflow.recording import buffers
 from gradflow.recording import quantities as registry
-from gradflow.recording.modules import Watch, ignore, is_block, kind_of, tensors_of, wrap_terms
-from gradflow.recording.norms import check_group, gather, norm, norms
-from gradflow.recording.quantities import Quantity
+from gradflow.recording.buffers import Buffer
+from gradflow.recording.execution import is_repeated, is_traced, will_be_repeated
+from gradflow.recording.layers import Layer, Layers, gather_index
+from gradflow.recording.modules import Watch, ignore, tensors_of, wrap_terms
+from gradflow.recording.norms import Norms, check_group, gather, norm
 from gradflow.recording.schedules import DEFAULTS, Schedule
 
 if TYPE_CHECKING:
@@ -47,10 +49,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gradflow.store import RunWriter
-
-_BUFFER_BYTES = 4 * 2**20
-_FLUSH_STEPS = 256
-_FLUSH_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -64,140 +62,6 @@ class Divergence:
     step: int
     layer: str | None
     quantity: str
-
-
-@dataclass
-class _Module:
-    """One row of modules.parquet."""
-
-    layer: str
-    kind: str
-    shape: str
-    parameters: int
-    calls: int = 0
-
-
-@dataclass
-class _Call:
-    """What was seen of a module in the first step that executes it, while that is under way."""
-
-    row: _Module
-    count: int = 0
-    signature: tuple[Any, ...] | None = None
-
-
-class _Buffer:
-    """Values of one table: steps × layers × quantities on the device, emptied in chunks.
-
-    What is measured in the course of a step stays loose until `close` makes it a row, so that rows
-    are whole steps. Norms of several tensors for one value combine by hypot, which neither under-
-    nor overflows.
-    """
-
-    def __init__(self, layers: int, chosen: list[Quantity], device: torch.device):
-        self.chosen = chosen
-        self.index = {quantity.name: column for column, quantity in enumerate(chosen)}
-        rows = _BUFFER_BYTES // (8 * layers * len(chosen))
-        self.rows = max(1, min(_FLUSH_STEPS, rows))
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        shape = (self.rows, layers, len(chosen))
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
-        self._measured = np.zeros(shape, dtype=bool)
-        self._elements = np.zeros(shape, dtype=np.float64)
-        self._seen: dict[int, Tensor] = {}  # row -> elements by rank and place, −1 for none
-        self._is_rms = torch.tensor([quantity.is_rms for quantity in chosen], device=device)
-        self._zero = torch.zeros((), dtype=dtype, device=device)
-        self._loose: dict[int, Tensor] = {}  # place in a row -> norm
-        self._counts: dict[int, int] = {}  # place in a row -> elements
-        self._places: tuple[list[int], Tensor] = ([], torch.zeros(0, dtype=torch.int64))
-        self.steps: list[int] = []
-
-    @property
-    def full(self) -> bool:
-        return len(self.steps) >= self.rows
-
-    def add(self, layer: int, name: str, value: Tensor, elements: int) -> None:
-        """Combine one tensor's norm into the step under way."""
-        place = layer * len(self.chosen) + self.index[name]
-        before = self._loose.get(place, self._zero)
-        self._loose[place] = value if before is self._zero else torch.hypot(before, value)
-        self._counts[place] = self._counts.get(place, 0) + elements
-
-    def expect(self, layer: int, name: str) -> None:
-        """Zero, measured, unless something is added in the course of the step."""
-        self._loose.setdefault(layer * len(self.chosen) + self.index[name], self._zero)
-
-    def close(self, step: int, world: int = 1) -> None:
-        """Make what was added the row of `step`, all at once: one by one costs ten times.
-
-        With several ranks, what was added on all of them; each calls this at the same steps.
-        """
-        if not self._loose and world == 1:
-            return
-        self.open(step)
-        row, places = len(self.steps) - 1, list(self._loose)
-        values, counts = self._values[row].view(-1), [self._counts.get(p, 0) for p in places]
-        if places != self._places[0]:
-            self._places = (places, torch.tensor(places, device=self._values.device))
-        if places:
-            values[self._places[1]] = torch.stack(list(self._loose.values())).to(values.dtype)
-        if world > 1:
-            self._combine(row, places, counts, world)
-        else:
-            self._measured[row].reshape(-1)[places] = True
-            self._elements[row].reshape(-1)[places] = counts
-        self.forget()
-
-    def _combine(self, row: int, places: list[int], counts: list[int], world: int) -> None:
-        """Make a row of this rank's norms one of all ranks', which may have measured other places.
-
-        DDP takes the mean of the ranks' losses: to its gradient a rank's own contributes the
-        `world`th part. How many elements there were stays on the device as well.
-        """
-        seen = torch.full((self._values[row].numel(),), -1, dtype=torch.int64)
-        seen[places] = torch.tensor(counts, dtype=torch.int64)
-        self._seen[row] = gather(seen.to(self._values.device), world)
-        self._values[row] *= torch.where(self._is_rms, 1.0, 1 / world)
-        self._values[row] = functools.reduce(torch.hypot, gather(self._values[row], world).unbind())
-
-    def forget(self) -> None:
-        """Drop what was added since the last row."""
-        self._loose.clear()
-        self._counts.clear()
-
-    def open(self, step: int) -> None:
-        """Begin the row of `step`."""
-        self.steps.append(step)
-
-    def fill(self, name: str, values: Tensor, measured: np.ndarray) -> None:
-        """Set the last row of a norm for all layers at once."""
-        row, column = len(self.steps) - 1, self.index[name]
-        self._values[row, :, column] = values
-        self._measured[row, :, column] = measured
-
-    def current(self, name: str) -> Tensor:
-        """The last row of a quantity, on the device."""
-        return self._values[len(self.steps) - 1, :, self.index[name]]
-
-    def drain(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(steps [r], values [r, layers, quantities], measured) so far, and an empty buffer."""
-        count = len(self.steps)
-        steps = np.array(self.steps, dtype=np.int32)
-        values = self._values[:count].cpu().numpy().astype(np.float64)
-        for row, by_rank in self._seen.items():
-            seen = by_rank.cpu().numpy().reshape(len(by_rank), *self._measured.shape[1:])
-            self._measured[row] = (seen >= 0).any(axis=0)
-            self._elements[row] = seen.clip(min=0).sum(axis=0)
-        measured = self._measured[:count].copy()
-        for column, quantity in enumerate(self.chosen):
-            if quantity.is_rms:
-                values[:, :, column] /= np.sqrt(np.maximum(self._elements[:count, :, column], 1))
-        self._values[:count] = 0
-        self._measured[:count] = False
-        self._elements[:count] = 0
-        self._seen.clear()
-        self.steps.clear()
-        return steps, values, measured
 
 
 class Recorder:
@@ -267,33 +131,36 @@ class Recorder:
         check_group(self._ranks.world)
         self._save = save if self._ranks.rank == 0 else None
         self._meta = dict(meta or {})
-        self._scaled = scaler is not None and scaler.is_enabled()
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._writer: RunWriter | None = None
         self._schedules = _by_table(schedule)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._nothing = torch.zeros(1, device=self._device)
         wide = any(p.dtype == torch.float64 for p in model.parameters())
         self._dtype = np.float64 if wide else np.float32
 
-        self._find_modules()
-        sizes = {"weights": len(self._owners), "outputs": len(self._owners)}
-        sizes["blocks"] = len(self._modules) - len(self._owners)
+        self._layers = Layers(model)
+        owners, blocks = len(self._layers.owners), len(self._layers.blocks)
+        sizes = {"weights": owners, "outputs": owners, "blocks": blocks}
         self._buffers = {
-            table: _Buffer(sizes[table], columns, self._device)
+            table: Buffer(sizes[table], columns, self._device)
             for table, columns in chosen.items()
             if sizes[table]
         }
+        count = sum(map(len, self._layers.own))
+        self._gather = gather_index(self._layers.own, count, self._device)
+        self._norms: dict[str, tuple[list[torch.Size], Norms]] = {}  # by what they are of
         self._step_rows: list[dict[str, Any]] = []
         self._evaluations: list[dict[str, Any]] = []
         self._metrics: dict[str, float] = {}
         self._tables: dict[str, list[pa.Table]] = {}
-        self._before: list[Tensor] | None = None
+        self._before: list[Tensor | None] | None = None
         self._undo: list[Callable[[], None]] = []
-        self._entering: dict[str, Callable[[], None]] = {}  # layer -> undo, once its place is known
-        self._calls: dict[str, _Call] = {}  # of layers first executed in the step under way
-        self._order: dict[str, tuple[int, int]] = {}  # layer -> its place among them, stage
-        self._stage, self._modules_written = 1, 0
-        self._stages: dict[tuple[Any, ...], int] = {}
+        self._hooks: dict[int, Callable[[], None]] = {}  # owner -> undo of those on its output
+        self._entering: dict[int, Callable[[], None]] = {}  # the same, of those before it
+        self._measuring: dict[str, bool] = {}  # table -> whether the step under way measures it
+        self._on_leaves: list[Any] = []  # handles of hooks on outputs that outlive a step
+        self._handled: list[BaseException | None] = []  # what was handled as a pass began
+        self._modules_written = 0
         self._joining = self._paused = False
         self._under_way = 0  # counts what is collected for a step, and what was dropped
         self._flushed = time.monotonic()
@@ -318,43 +185,6 @@ class Recorder:
 
     # --- what is watched --------------------------------------------------------------------------
 
-    def _find_modules(self) -> None:
-        seen: set[int] = set()
-        self._modules: list[_Module] = []  # owners first, then blocks
-        self._owners: list[nn.Module] = []
-        self._parameters: list[nn.Parameter] = []
-        self._own: list[list[int]] = []  # places of each owner's among the parameters
-        blocks: list[tuple[str, nn.Module]] = []
-        for name, module in self.model.named_modules():
-            if is_block(module):
-                blocks.append((name, module))
-            floats = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
-            own = [p for p in floats if id(p) not in seen and p.numel()]
-            if not own:
-                continue
-            seen |= {id(parameter) for parameter in own}
-            self._own.append([len(self._parameters) + i for i in range(len(own))])
-            self._parameters += own
-            self._owners.append(module)
-            weight = max(own, key=lambda parameter: (parameter.dim(), parameter.numel()))
-            row = _Module(
-                layer=name or type(module).__name__,
-                kind=kind_of(module),
-                shape="x".join(map(str, weight.shape)),
-                parameters=sum(parameter.numel() for parameter in own),
-            )
-            self._modules.append(row)
-        owners = {row.layer: row for row in self._modules}
-        self._blocks = [module for _, module in blocks]
-        for name, module in blocks:
-            layer = name or type(module).__name__
-            row = owners.get(layer, _Module(layer, "block", "", 0))
-            row.kind = "block"  # one with parameters of its own is an owner too, with one row
-            self._modules.append(row)
-        width = max(map(len, self._own), default=0)
-        padded = [own + [len(self._parameters)] * (width - len(own)) for own in self._own]
-        self._gather = torch.tensor(padded, dtype=torch.int64, device=self._device)
-
     def __enter__(self) -> Self:
         if self._undo or (self._writer is not None and self._save is not self._writer):
             raise RuntimeError("Recorder: it is watching already, or has saved its run")
@@ -363,20 +193,15 @@ class Recorder:
         else:
             self._writer = self._save
         self._started = self._flushed = time.monotonic()
-        whole = Watch(self._on_pass, ignore)
-        self._undo.append(self.model.register_forward_hook(whole, always_call=True).remove)
-        for index, module in enumerate(self._owners):
-            row = self._modules[index]
-            if row.layer not in self._order and row.kind != "block":
-                watch = Watch(partial(self._on_enter, row), ignore)
-                self._entering[row.layer] = module.register_forward_pre_hook(watch).remove
-            watch = Watch(partial(self._on_output, index), ignore)
-            self._undo.append(module.register_forward_hook(watch).remove)
-        for index, block in enumerate(self._blocks):
+        before, after = Watch(self._before_pass, ignore), Watch(self._on_pass, ignore)
+        self._undo.append(self.model.register_forward_pre_hook(before).remove)
+        self._undo.append(self.model.register_forward_hook(after, always_call=True).remove)
+        for index, block in enumerate(self._layers.blocks):
             self._undo.append(wrap_terms(block, partial(self._on_terms, index)))
         if self.optimizer is not None and self._wants("weights", "update_norm"):
             hook = self.optimizer.register_step_post_hook(self._on_update)
             self._undo.append(hook.remove)
+        self._attach()
         return self
 
     def __exit__(
@@ -385,22 +210,37 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for undo in (*self._undo, *self._entering.values()):
+        for undo in (*self._undo, *self._hooks.values(), *self._entering.values()):
             undo()
-        self._undo.clear()
-        self._entering.clear()
+        for hooks in (self._undo, self._hooks, self._entering, self._handled):
+            hooks.clear()
         self._forget()
         self.flush()
         if isinstance(self._save, str | Path) and self._writer is not None:
             self._finish_external(self._writer, kind, error)
 
+    def _attach(self) -> None:
+        """Put hooks on what the step to come measures, and on layers whose place is unknown."""
+        self._measuring = {table: self._schedules[table](self.next_step) for table in self._buffers}
+        measures_outputs = self._measuring.get("outputs", False)
+        rows = self._layers.select("outputs")
+        for index, module in enumerate(self._layers.owners):
+            unknown = not self._layers.is_placed(rows[index])
+            if not (unknown or measures_outputs):
+                self._hooks.pop(index, ignore)()
+            elif index not in self._hooks:
+                watch = Watch(partial(self._on_output, index), ignore)
+                self._hooks[index] = module.register_forward_hook(watch).remove
+            if not unknown:
+                self._entering.pop(index, ignore)()
+            elif index not in self._entering and rows[index].kind != "block":
+                watch = Watch(partial(self._on_enter, rows[index]), ignore)
+                self._entering[index] = module.register_forward_pre_hook(watch).remove
+
     # --- measuring --------------------------------------------------------------------------------
 
     def _wants(self, table: str, name: str) -> bool:
         return table in self._buffers and name in self._buffers[table].index
-
-    def _measures(self, table: str) -> bool:
-        return table in self._buffers and self._schedules[table](self.next_step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -416,32 +256,45 @@ class Recorder:
             self._paused = outer
 
     def _watching(self) -> bool:
-        return torch.is_grad_enabled() and not self._paused
+        return (
+            torch.is_grad_enabled() and not self._paused and not is_traced() and not is_repeated()
+        )
+
+    def _before_pass(self, *_: Any) -> None:
+        self._handled.append(sys.exception())
 
     def _on_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         """After each forward pass of the model; after one that raised, without an output."""
-        if output is None and sys.exception() is not None and self._watching():
+        handled = self._handled.pop() if self._handled else None
+        if output is None and sys.exception() is not handled and self._watching():
             self._forget()
 
     def _forget(self) -> None:
         """Drop what was seen since the last step."""
         for buffer in self._buffers.values():
             buffer.forget()
-        self._calls.clear()
+        self._layers.forget()
+        self._end_of_step()
+
+    def _end_of_step(self) -> None:
+        while self._on_leaves:
+            self._on_leaves.pop().remove()
         self._under_way += 1
 
-    def _on_enter(self, row: _Module, *_: Any) -> None:
-        if self._watching() and row.layer not in self._order:
-            self._calls.setdefault(row.layer, _Call(row))
+    def _on_enter(self, row: Layer, *_: Any) -> None:
+        if self._layers.is_placed(row) or self._paused or is_traced():
+            return
+        if self._watching():
+            self._layers.enter(row)
+        elif will_be_repeated():
+            self._layers.enter(row, again=True)
 
     def _on_output(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         if not self._watching():
             return
-        tensors = list(tensors_of(output))
-        call = self._calls.get(self._modules[index].layer)
-        if call is not None and call.row.kind != "block":  # a block is called in its `terms`
-            self._note_call(call, tensors)
-        if self._measures("outputs"):
+        tensors = tensors_of(output)
+        self._layers.called(self._layers.rows[index], tensors, joining=self._joining)
+        if self._measuring.get("outputs"):
             buffer = self._buffers["outputs"]
             for tensor in tensors:
                 self._add(buffer, index, "output_rms", tensor.detach())
@@ -450,15 +303,14 @@ class Recorder:
     def _on_terms(
         self, index: int, original: Callable[..., Any], x: Tensor, branch: Tensor
     ) -> tuple[Tensor | None, Tensor]:
+        row = self._layers.select("blocks")[index]
+        self._on_enter(row)
         if not self._watching():
             return original(x, branch)
-        row = self._modules[len(self._owners) + index]
-        self._on_enter(row)
-        if row.layer in self._calls:
-            self._calls[row.layer].count += 1
+        self._layers.called(row, None, joining=True)
         outer, self._joining = self._joining, True
         try:
-            if not self._measures("blocks"):
+            if not self._measuring.get("blocks"):
                 return original(x, branch)
             return self._measure_terms(index, original, x, branch)
         finally:
@@ -483,66 +335,37 @@ class Recorder:
         self._add(buffer, index, "branch_rms", branch_term.detach())
         return skip_term, branch_term
 
-    def _add(self, buffer: _Buffer, index: int, name: str, tensor: Tensor) -> None:
+    def _add(self, buffer: Buffer, index: int, name: str, tensor: Tensor) -> None:
         if name in buffer.index:
             began = time.perf_counter()
             buffer.add(index, name, norm(tensor), tensor.numel())
             self.seconds += time.perf_counter() - began
 
-    def _watch_gradient(self, buffer: _Buffer, index: int, name: str, tensor: Tensor) -> None:
+    def _watch_gradient(self, buffer: Buffer, index: int, name: str, tensor: Tensor) -> None:
         if name in buffer.index and tensor.requires_grad:
-            tensor.register_hook(partial(self._on_gradient, buffer, index, name, self._under_way))
+            watch = partial(self._on_gradient, buffer, index, name, self._under_way)
+            handle = tensor.register_hook(watch)
+            if tensor.is_leaf:  # a parameter, say: it and the hook would stay
+                self._on_leaves.append(handle)
 
     def _on_gradient(
-        self, buffer: _Buffer, index: int, name: str, under_way: int, gradient: Tensor
+        self, buffer: Buffer, index: int, name: str, under_way: int, gradient: Tensor
     ) -> None:
         if under_way == self._under_way and not self._paused:
             self._add(buffer, index, name, gradient.detach())
-
-    def _note_call(self, call: _Call, outputs: list[Tensor]) -> None:
-        row = call.row
-        call.count += 1
-        if self._joining:
-            row.kind = "other"  # a gate of the skip, no layer of the branch
-        if call.signature is None and row.kind in ("conv", "linear") and outputs:
-            # A stage is a size of feature maps, or a width; the first to appear is stage 1.
-            shape = outputs[0].shape
-            call.signature = (row.kind, *(shape[2:] if row.kind == "conv" else shape[-1:]))
-
-    def _close_order(self) -> None:
-        """Give a place to what this step was the first to execute."""
-        for layer, call in self._calls.items():
-            if call.signature is not None:
-                self._stage = self._stages.setdefault(call.signature, len(self._stages) + 1)
-            self._order[layer] = (len(self._order), self._stage)
-            call.row.calls = call.count
-            self._entering.pop(layer, ignore)()
-        self._calls.clear()
-        self._under_way += 1
-
-    def _nearest(self, layer: str) -> str | None:
-        """The layer itself, if it was executed, else the nearest executed one around it.
-
-        PyTorch's attention uses the weights of its `out_proj`, say, without executing it.
-        """
-        while layer and layer not in self._order:
-            layer = layer.rpartition(".")[0]
-        return layer or None
-
-    def _place(self, row: _Module, index: int = 0) -> tuple[int, bool, int]:
-        """Sorts by position: what was not executed right behind its nearest, or else last."""
-        nearest = self._nearest(row.layer)
-        place = 10**9 if nearest is None else self._order[nearest][0]
-        return (place, nearest != row.layer, index)
 
     def _on_update(self, *_: Any) -> None:
         if self._before is None or not self._buffers["weights"].steps:
             return  # not measured at this step, or the step has left the buffer
         began = time.perf_counter()
         with torch.no_grad():
-            pairs = zip(self._parameters, self._before, strict=True)
-            added = [after.detach() - before for after, before in pairs]
-            self._fill_weights("update_norm", norms(added))
+            pairs = zip(self._layers.parameters(), self._before, strict=True)
+            added = [
+                None if before is None or after is None or before.shape != after.shape
+                else after.detach() - before
+                for after, before in pairs
+            ]  # fmt: skip
+            self._fill_weights("update_norm", *self._by_parameter("updates", added))
         self._before = None
         self.seconds += time.perf_counter() - began
 
@@ -564,21 +387,25 @@ class Recorder:
         if self._due():
             self.flush()
         began = time.perf_counter()
+        scale = self._scale()
         for table, buffer in self._buffers.items():
-            if table != "weights" and self._measures(table):
-                buffer.close(self.next_step, self._ranks.world)
-        self._close_order()
-        present = [parameter.grad is not None for parameter in self._parameters]
-        gradients = norms([self._gradient(parameter) for parameter in self._parameters])
+            if table != "weights" and self._measuring[table]:
+                buffer.close(self.next_step, self._ranks.world, scale)
+        self._layers.close()
+        self._end_of_step()
+        parameters = self._layers.parameters()
+        gradients, present = self._by_parameter(
+            "gradients", [None if parameter is None else parameter.grad for parameter in parameters]
+        )
         total = norm(gradients) if any(present) else None
-        if self._measures("weights"):
+        if self._measuring.get("weights"):
             self._buffers["weights"].open(self.next_step)
             if self._wants("weights", "weight_grad_norm"):
                 self._fill_weights("weight_grad_norm", gradients, present)
             if self._wants("weights", "weight_norm"):
-                self._fill_weights("weight_norm", norms(self._parameters))
+                self._fill_weights("weight_norm", *self._by_parameter("weights", parameters))
             if self._wants("weights", "update_norm"):
-                self._before = [parameter.detach().clone() for parameter in self._parameters]
+                self._before = [p if p is None else p.detach().clone() for p in parameters]
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         lr = groups[0].get("lr") if groups else None
         given = self._over_ranks({"loss": loss, **values})
@@ -587,6 +414,7 @@ class Recorder:
         self._step_rows.append(self.latest | {"step": self.next_step})
         finite = self._device.type != "cpu" or self._non_finite(self._step_rows[-1]) is None
         self.next_step += 1
+        self._attach()
         self.seconds += time.perf_counter() - began
         if not finite and self.divergence is None:
             self.flush()
@@ -605,19 +433,32 @@ class Recorder:
         )
         return dict(zip(present, gather(mine, self._ranks.world).mean(dim=0), strict=True))
 
-    def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient's elements; where there are none a zero, which is on the device already."""
-        gradient = parameter.grad
-        if gradient is None:
-            return self._nothing
-        return gradient.coalesce().values() if gradient.is_sparse else gradient
+    def _by_parameter(self, of: str, tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[bool]]:
+        """Norms of parameters' tensors, 0 for those that are not there, and which are."""
+        present = [tensor is not None for tensor in tensors]
+        there = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
+        shapes = [tensor.shape for tensor in there]
+        known = self._norms.get(of)
+        if known is None or known[0] != shapes:  # some got no gradient, or one of other rows
+            known = self._norms[of] = shapes, Norms(there)
+        found = known[1](there)
+        if len(there) == len(tensors):
+            return found, present
+        places = torch.tensor(present, device=found.device).nonzero().flatten()
+        return found.new_zeros(len(tensors)).index_copy_(0, places, found), present
 
-    def _fill_weights(self, name: str, values: Tensor, present: list[bool] | None = None) -> None:
+    def _fill_weights(self, name: str, values: Tensor, present: list[bool]) -> None:
         """Combine norms by parameter into norms by module; `present` says which were measured."""
         padded = torch.cat([values, values.new_zeros(1)])
         by_module = torch.linalg.vector_norm(padded[self._gather], dim=1)
-        measured = [present is None or any(present[i] for i in own) for own in self._own]
+        measured = [any(present[i] for i in own) for own in self._layers.own]
         self._buffers["weights"].fill(name, by_module, np.array(measured))
+
+    def _scale(self) -> Tensor | None:
+        """By what the loss was multiplied, on the device."""
+        if self._scaler is None:
+            return None
+        return self._scaler.scale(torch.ones((), device=self._device, dtype=torch.float64))
 
     def evaluate(self, split: str, *, step: int | None = None, **metrics: Tensor | float) -> None:
         """Record metrics (`loss`, `accuracy`, …) of a split at the present parameters.
@@ -642,9 +483,9 @@ class Recorder:
         if buffer is None or "weight_grad_norm" not in buffer.index or not buffer.steps:
             return None
         rows = [
-            (self._place(row, i), row.kind)
-            for i, row in enumerate(self._rows("weights"))
-            if row.layer in self._order
+            (self._layers.place(row, i), row.kind)
+            for i, row in enumerate(self._layers.select("weights"))
+            if self._layers.is_placed(row)
         ]
         for kind in ("conv", "linear"):
             order = sorted(place for place, known in rows if known == kind)
@@ -659,8 +500,8 @@ class Recorder:
         if any(buffer.full for buffer in self._buffers.values()):
             return True
         waited = time.monotonic() - self._flushed
-        return len(self._step_rows) >= _FLUSH_STEPS or (
-            self._writer is not None and waited > _FLUSH_SECONDS
+        return len(self._step_rows) >= buffers.FLUSH_STEPS or (
+            self._writer is not None and waited > buffers.FLUSH_SECONDS
         )
 
     def flush(self) -> None:
@@ -670,11 +511,11 @@ class Recorder:
         steps, self._step_rows = _plain(self._step_rows), []
         if self.divergence is None:
             self.divergence = self._first_divergence(steps, drained)
-        if self._writer is not None and steps and len(self._order) > self._modules_written:
+        if self._writer is not None and steps and self._layers.executed > self._modules_written:
             from gradflow import schema
 
-            self._writer.write("modules", schema.table("modules", self._module_columns()))
-            self._modules_written = len(self._order)
+            self._writer.write("modules", schema.table("modules", self._layers.columns()))
+            self._modules_written = self._layers.executed
         for name, (numbers, values, measured) in drained.items():
             self._emit(name, self._long_columns(name, numbers, values, measured))
         if steps:
@@ -696,18 +537,14 @@ class Recorder:
         else:
             self._tables.setdefault(name, []).append(data)
 
-    def _rows(self, table: str) -> list[_Module]:
-        count = len(self._owners)
-        return self._modules[count:] if table == "blocks" else self._modules[:count]
-
     def _long_columns(
         self, name: str, steps: np.ndarray, values: np.ndarray, measured: np.ndarray
     ) -> dict[str, Any]:
         """Columns step, layer and one a quantity; layers in order of position, masked if null."""
         import pyarrow as pa
 
-        rows = self._rows(name)
-        order = sorted(range(len(rows)), key=lambda i: self._place(rows[i], i))
+        rows = self._layers.select(name)
+        order = sorted(range(len(rows)), key=lambda i: self._layers.place(rows[i], i))
         values, measured = values[:, order], measured[:, order]
         kept = measured.any(axis=2)
         row, layer = np.nonzero(kept)
@@ -723,23 +560,12 @@ class Recorder:
             columns[quantity.name] = np.ma.masked_array(numbers, ~measured[:, :, column][kept])
         return columns
 
-    def _module_columns(self) -> dict[str, list[Any]]:
-        different = {row.layer: row for row in self._modules}
-        rows = sorted(different.values(), key=self._place)
-        labels = ("layer", "kind", "shape", "parameters", "calls")
-        columns: dict[str, list[Any]] = {n: [getattr(row, n) for row in rows] for n in labels}
-        nearest = [self._nearest(row.layer) for row in rows]
-        stages = [None if layer is None else self._order[layer][1] for layer in nearest]
-        columns |= {"position": list(range(len(rows))), "stage": stages}
-        order = ("layer", "position", "kind", "stage", "shape", "parameters", "calls")
-        return {name: columns[name] for name in order}
-
     # --- divergence -------------------------------------------------------------------------------
 
     def _non_finite(self, row: Mapping[str, Any]) -> str | None:
         if not math.isfinite(row.get("loss", 0.0)):
             return "loss"
-        if not self._scaled and not math.isfinite(row.get("grad_norm", 0.0)):
+        if self._scaler is None and not math.isfinite(row.get("grad_norm", 0.0)):
             return "grad_norm"
         return None
 
@@ -758,14 +584,14 @@ class Recorder:
         forward: list[Any] = []
         backward: list[Any] = []
         for table, (numbers, values, measured) in drained.items():
-            rows = self._rows(table)
+            rows = self._layers.select(table)
             for place in np.flatnonzero(numbers == step):
                 for column, quantity in enumerate(self._buffers[table].chosen):
                     bad = measured[place, :, column] & ~np.isfinite(values[place, :, column])
                     side = forward if quantity.is_rms else backward
                     if quantity.is_rms or "grad" in quantity.name:
                         side += [
-                            (self._place(rows[i], i), rows[i].layer, quantity.name)
+                            (self._layers.place(rows[i], i), rows[i].layer, quantity.name)
                             for i in np.flatnonzero(bad).tolist()
                         ]
         if forward:
@@ -786,7 +612,7 @@ class Recorder:
 
         handles = [
             module.register_forward_hook(partial(look, index))
-            for index, module in enumerate(self._owners)
+            for index, module in enumerate(self._layers.owners)
         ]
         try:
             with torch.no_grad():
@@ -796,11 +622,11 @@ class Recorder:
                 handle.remove()
         if self._ranks.world > 1:
             index = found[0] if found else -1
-            place = self._place(self._modules[index])[0] if found else 2**62
+            place = self._layers.place(self._layers.rows[index])[0] if found else 2**62
             mine = torch.tensor([place, index], device=self._device)
             _, index = min(gather(mine, self._ranks.world).tolist())
             found = [index] if index >= 0 else []
-        return self._modules[found[0]].layer if found else None
+        return self._layers.rows[found[0]].layer if found else None
 
     # --- what was recorded ------------------------------------------------------------------------
 
@@ -816,7 +642,7 @@ class Recorder:
         from gradflow.store import Run
 
         self.flush()
-        modules = schema.table("modules", self._module_columns())
+        modules = schema.table("modules", self._layers.columns())
         if name == "modules":
             return schema.to_pandas(modules)
         if name not in schema.KEYS:

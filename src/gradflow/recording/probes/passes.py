@@ -59,7 +59,7 @@ def readout(output: Tensor, seed: int) -> Tensor:
 
 def output_of(output: Any) -> Tensor:
     """The first floating-point tensor of what a module returned."""
-    return next(tensors_of(output))
+    return tensors_of(output)[0]
 
 
 def differentiable(inputs: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def observe(
     found: dict[str, list[Tensor]] = {}
 
     def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        tensor = next(tensors_of(output), None)
+        tensor = next(iter(tensors_of(output)), None)
         value = None if tensor is None else measure(tensor)
         if value is not None:
             found.setdefault(name, []).append(value)

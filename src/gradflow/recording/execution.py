@@ -1,0 +1,38 @@
+"""Whether the code under way is what the user's step computes, or something around it."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch.utils import checkpoint
+
+
+def is_repeated() -> bool:
+    """Whether activation checkpointing repeats a pass that has been seen, within backward.
+
+    True for `use_reentrant=False`, whose first pass built the graph. The other kind's first pass
+    runs without gradients, and its repetition is the one that builds it.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and _is_inside("unpack_hook")
+
+
+def will_be_repeated() -> bool:
+    """Whether this is the first pass of activation checkpointing with `use_reentrant=True`."""
+    return not torch.is_grad_enabled() and _is_inside("forward")
+
+
+def is_traced() -> bool:
+    """Whether torch.compile or torch.func look at the code: no tensor has a value here."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a function of that name of torch.utils.checkpoint is under way."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == name and frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

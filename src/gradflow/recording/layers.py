@@ -1,0 +1,207 @@
+"""The layers of a model: which modules are recorded, and in which order they are executed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from gradflow.recording.modules import is_block, kind_of, name_of
+
+_LAST = 10**9
+
+
+@dataclass
+class Layer:
+    """One row of modules.parquet."""
+
+    layer: str
+    kind: str
+    shape: str = ""
+    parameters: int = 0
+    calls: int = 0
+
+
+@dataclass
+class _Call:
+    """What was seen of a layer in the first step that executes it, while that is under way."""
+
+    row: Layer
+    count: int = 0
+    signature: tuple[Any, ...] | None = None
+
+
+class Layers:
+    """Owners (modules with floating-point parameters of their own), then blocks.
+
+    Attributes:
+        rows: a `Layer` of each.
+        owners, blocks: the modules.
+        own: of each owner the places of its parameters among `parameters()`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.rows: list[Layer] = []
+        self.owners: list[nn.Module] = []
+        self.blocks: list[nn.Module] = []
+        self.own: list[list[int]] = []
+        self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._entered: dict[str, None] = {}  # in the step under way, in order
+        self._calls: dict[str, _Call] = {}
+        self._order: dict[str, tuple[int, int]] = {}  # layer -> its place, its stage
+        self._stage = 1
+        self._stages: dict[tuple[Any, ...], int] = {}
+        self._find(model)
+
+    def _find(self, model: nn.Module) -> None:
+        seen: set[int] = set()
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        modules = {name_of(name): module for name, module in model.named_modules()}
+        root = type(modules[""]).__name__
+        blocks: list[str] = []
+        for name, module in modules.items():
+            layer = name or (root if root not in modules else f"{root}()")
+            if is_block(module):
+                blocks.append(layer)
+                self.blocks.append(module)
+            own = [
+                label
+                for label, parameter in module.named_parameters(recurse=False)  # a tied one once
+                if _is_recorded(parameter) and id(parameter) not in seen
+            ]
+            if own:
+                seen |= {id(module._parameters[label]) for label in own}
+                self.own.append([len(self._slots) + i for i in range(len(own))])
+                self._slots += [(module._parameters, label) for label in own]
+                self.owners.append(module)
+                self.rows.append(Layer(layer, kind_of(module)))
+                self._describe(len(self.owners) - 1)
+        owners = {row.layer: row for row in self.rows}
+        for layer in blocks:
+            row = owners.get(layer, Layer(layer, "block"))
+            row.kind = "block"  # one with parameters of its own is an owner too, with one row
+            self.rows.append(row)
+
+    def _describe(self, index: int) -> None:
+        """Shape, size and kind; those of a lazy module are known once it has been called."""
+        row = self.rows[index]
+        own = [p for p in map(self._parameter, self.own[index]) if p is not None and not is_lazy(p)]
+        if own and not row.shape:
+            weight = max(own, key=lambda parameter: (parameter.dim(), parameter.numel()))
+            row.shape = "x".join(map(str, weight.shape))
+            row.parameters = sum(parameter.numel() for parameter in own)
+            row.kind = kind_of(self.owners[index]) if row.kind == "other" else row.kind
+
+    def _parameter(self, place: int) -> nn.Parameter | None:
+        parameters, label = self._slots[place]
+        return parameters.get(label)
+
+    def parameters(self) -> list[nn.Parameter | None]:
+        """The owners' parameters as they are now: a model may put others in their place.
+
+        None for one that is not there any more, or has no elements yet.
+        """
+        found = [parameters.get(label) for parameters, label in self._slots]
+        if any(isinstance(p, nn.UninitializedParameter) for p in found):
+            return [None if p is None or is_lazy(p) else p for p in found]
+        return found
+
+    def select(self, table: str) -> list[Layer]:
+        """The rows that a table has values of."""
+        count = len(self.owners)
+        return self.rows[count:] if table == "blocks" else self.rows[:count]
+
+    # --- in which order they are executed ---------------------------------------------------------
+
+    def is_placed(self, row: Layer) -> bool:
+        """Whether its place is known: a step has executed it."""
+        return row.layer in self._order
+
+    def enter(self, row: Layer, *, again: bool = False) -> None:
+        """Note that a layer is being executed; `again`: its call that counts comes later."""
+        if row.layer not in self._order:
+            self._entered.setdefault(row.layer)
+            if not again:
+                self._calls.setdefault(row.layer, _Call(row))
+
+    def called(self, row: Layer, outputs: Sequence[Tensor] | None, *, joining: bool) -> None:
+        """Note a call that is over, of a block without outputs; `joining`: in a block's terms."""
+        call = self._calls.get(row.layer)
+        if call is None or (row.kind == "block") != (outputs is None):
+            return
+        call.count += 1
+        if joining and outputs is not None:
+            row.kind = "other"  # a gate of the skip, no layer of the branch
+        if call.signature is None and row.kind in ("conv", "linear") and outputs:
+            # A stage is a size of feature maps, or a width; the first to appear is stage 1.
+            shape = outputs[0].shape
+            call.signature = (row.kind, *(shape[2:] if row.kind == "conv" else shape[-1:]))
+
+    def forget(self) -> None:
+        """Drop what was noted in the step under way."""
+        self._entered.clear()
+        self._calls.clear()
+
+    def close(self) -> list[str]:
+        """Give a place to what this step was the first to execute: the names of these layers."""
+        if not self._entered:
+            return []
+        new = [self._calls[layer] for layer in self._entered if layer in self._calls]
+        for call in new:
+            if call.signature is not None:
+                self._stage = self._stages.setdefault(call.signature, len(self._stages) + 1)
+            self._order[call.row.layer] = (len(self._order), self._stage)
+            call.row.calls = call.count
+        for index in range(len(self.owners)):
+            self._describe(index)
+        self.forget()
+        return [call.row.layer for call in new]
+
+    @property
+    def executed(self) -> int:
+        """How many have a place."""
+        return len(self._order)
+
+    def nearest(self, layer: str) -> str | None:
+        """The layer itself, if it was executed, else the nearest executed one around it.
+
+        PyTorch's attention uses the weights of its `out_proj`, say, without executing it.
+        """
+        while layer and layer not in self._order:
+            layer = layer.rpartition(".")[0]
+        return layer or None
+
+    def place(self, row: Layer, index: int = 0) -> tuple[int, bool, int]:
+        """Sorts by position: what was not executed right behind its nearest, or else last."""
+        nearest = self.nearest(row.layer)
+        place = _LAST if nearest is None else self._order[nearest][0]
+        return (place, nearest != row.layer, index)
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Those of modules.parquet."""
+        different = {row.layer: row for row in self.rows}
+        rows = sorted(different.values(), key=self.place)
+        labels = ("layer", "kind", "shape", "parameters", "calls")
+        columns: dict[str, list[Any]] = {n: [getattr(row, n) for row in rows] for n in labels}
+        nearest = [self.nearest(row.layer) for row in rows]
+        stages = [None if layer is None else self._order[layer][1] for layer in nearest]
+        columns |= {"position": list(range(len(rows))), "stage": stages}
+        order = ("layer", "position", "kind", "stage", "shape", "parameters", "calls")
+        return {name: columns[name] for name in order}
+
+
+def _is_recorded(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() and (is_lazy(parameter) or bool(parameter.numel()))
+
+
+def gather_index(own: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:
+    """[owners, most parameters of one]: the places of each owner's, `count` where it has fewer."""
+    width = max(map(len, own), default=0)
+    padded = [[*places, *[count] * (width - len(places))] for places in own]
+    return torch.tensor(padded, dtype=torch.int64, device=device)
