@@ -710,7 +710,11 @@ class Runs:
         return self.table("modules", **options)
 
     def meanings(self) -> dict[str, dict[str, str]]:
-        """Quantity -> its `meaning` and `unit`, as stamped into the recorded files."""
+        """Quantity -> its `meaning`, `unit` and `conditions`, as stamped into the files.
+
+        Conditions are those of the first run that has the quantity: whether the loss was scaled,
+        over how many passes and ranks, before clipping, eager or compiled.
+        """
         found: dict[str, dict[str, str]] = {}
         for run in self.members:
             for name in schema.KEYS:
@@ -721,7 +725,7 @@ class Runs:
                             found[item.name] = {
                                 label.decode(): text.decode()
                                 for label, text in item.metadata.items()
-                                if label in (b"meaning", b"unit")
+                                if label in (b"meaning", b"unit", b"conditions")
                             }
         return found
 

@@ -416,3 +416,53 @@ def test_a_module_without_an_optimizer() -> None:
         fit(Bare(), flow)
     assert flow.recorder.table("steps")["step"].tolist() == list(range(STEPS))
     assert "lr" not in flow.recorder.table("steps")
+
+
+# --- several optimizers ---------------------------------------------------------------------------
+
+
+class Adversaries(pl.LightningModule):
+    """Two optimizers that step in turn, each after its own loss."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.maker, self.judge = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.norms: list[tuple[str, float]] = []
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [sgd(self.maker.parameters()), adam(self.judge.parameters())]
+
+    def training_step(self, batch: Any, index: int) -> None:
+        for name, optimizer in zip(("maker", "judge"), self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(self.judge(self.maker(batch[0])).square().mean())
+            gradients = [p.grad for p in getattr(self, name).parameters()]
+            self.norms.append((name, math.hypot(*(g.norm().item() for g in gradients))))
+            optimizer.step()
+
+
+def test_each_of_several_optimizers_has_its_steps() -> None:
+    module, flow = Adversaries(), GradientFlow("all", EVERY)
+    trainer(flow).fit(module, loader())
+    assert len(module.norms) == 2 * STEPS
+    weights = flow.recorder.table("weights")
+    for step, (name, value) in enumerate(module.norms):
+        rows = weights[weights["step"] == step].set_index("layer")
+        assert rows["weight_grad_norm"].dropna().to_dict() == {name: pytest.approx(value, rel=1e-6)}
+        assert list(rows["update_norm"].dropna().index) == [name]
+    assert flow.recorder.table("steps")["lr"].tolist() == [0.1, 0.01] * STEPS
+
+
+class Quasi(Module):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+
+def test_a_closure_that_runs_repeatedly_is_one_step() -> None:
+    flow = GradientFlow(schedule=EVERY)
+    fit(Quasi(make_network()), flow)
+    assert flow.recorder.table("steps")["step"].tolist() == list(range(STEPS))
+    assert flow.recorder.table("modules")["calls"].tolist()[0] == 1

@@ -23,9 +23,9 @@ def will_be_repeated() -> bool:
     return not torch.is_grad_enabled() and _is_inside("forward")
 
 
-def is_traced() -> bool:
-    """Whether torch.compile or torch.func look at the code: no tensor has a value here."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+def is_transformed() -> bool:
+    """Whether torch.func differentiates or vectorises: no tensor has a value of its own here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_inside(name: str) -> bool:

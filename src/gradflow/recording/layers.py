@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from gradflow.recording.modules import is_block, kind_of, name_of
+from gradflow.recording.modules import is_block, is_compiled, kind_of, name_of
 
 _LAST = 10**9
 
@@ -54,6 +54,9 @@ class Layers:
         self._entered: dict[str, None] = {}  # in the step under way, in order
         self._calls: dict[str, _Call] = {}
         self._order: dict[str, tuple[int, int]] = {}  # layer -> its place, its stage
+        self._model = model
+        self._compiled = _compiled(model)
+        self._tree: dict[str, int] = {}  # layer -> its place among all modules
         self._stage = 1
         self._stages: dict[tuple[Any, ...], int] = {}
         self._find(model)
@@ -65,8 +68,9 @@ class Layers:
         modules = {name_of(name): module for name, module in model.named_modules()}
         root = type(modules[""]).__name__
         blocks: list[str] = []
-        for name, module in modules.items():
+        for place, (name, module) in enumerate(modules.items()):
             layer = name or (root if root not in modules else f"{root}()")
+            self._tree[layer] = place
             if is_block(module):
                 blocks.append(layer)
                 self.blocks.append(module)
@@ -160,6 +164,7 @@ class Layers:
             call.row.calls = call.count
         for index in range(len(self.owners)):
             self._describe(index)
+        self._compiled = _compiled(self._model)
         self.forget()
         return [call.row.layer for call in new]
 
@@ -178,10 +183,18 @@ class Layers:
         return layer or None
 
     def place(self, row: Layer, index: int = 0) -> tuple[int, bool, int]:
-        """Sorts by position: what was not executed right behind its nearest, or else last."""
+        """Sorts by position: what was not executed right behind its nearest, or else last.
+
+        What torch.compile runs is not seen: it stands behind what comes before it in the model.
+        """
         nearest = self.nearest(row.layer)
-        place = _LAST if nearest is None else self._order[nearest][0]
-        return (place, nearest != row.layer, index)
+        if nearest is not None:
+            return (self._order[nearest][0], nearest != row.layer, index)
+        if not any(f"{row.layer}.".startswith(path) for path in self._compiled):
+            return (_LAST, True, index)
+        before = [layer for layer in self._order if self._tree[layer] < self._tree[row.layer]]
+        behind = max(before, key=self._tree.__getitem__, default=None)
+        return (-1 if behind is None else self._order[behind][0], True, index)
 
     def columns(self) -> dict[str, list[Any]]:
         """Those of modules.parquet."""
@@ -198,6 +211,12 @@ class Layers:
 
 def _is_recorded(parameter: nn.Parameter) -> bool:
     return parameter.is_floating_point() and (is_lazy(parameter) or bool(parameter.numel()))
+
+
+def _compiled(model: nn.Module) -> set[str]:
+    """Paths of the modules that torch.compile has been asked to run, each ending in a dot."""
+    paths = {name_of(name) for name, module in model.named_modules() if is_compiled(module)}
+    return {f"{path}." if path else "" for path in paths}
 
 
 def gather_index(own: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:

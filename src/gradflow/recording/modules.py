@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _CONVOLUTIONS = (
@@ -94,12 +95,15 @@ def block_owners(model: nn.Module) -> dict[str, str]:
 
 
 class Watch:
-    """Calls the recorder; in a copy or a pickle of the model, what stood there without it."""
+    """Calls the recorder; in a copy of the model, or compiled, what stood there without it."""
 
     def __init__(self, call: Callable[..., Any], instead: Callable[..., Any]):
         self._call, self._instead = call, instead
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Here, before anything that changes is looked at: it would be compiled again each time.
+        if torch.compiler.is_compiling():
+            return self._instead(*args, **kwargs)
         return self._call(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -112,6 +116,12 @@ def _itself(value: Any) -> Any:
 
 def ignore(*_: Any) -> None:
     """A hook that does nothing."""
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has been asked to run it."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or hasattr(module, "_orig_mod")
 
 
 def wrap_terms(block: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:

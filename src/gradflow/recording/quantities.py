@@ -43,7 +43,7 @@ QUANTITIES: dict[str, Quantity] = {
             "parameter.grad",
             "loss / parameter",
             "L2 norm of the loss's gradient with respect to all of the module's own parameters "
-            "together, before clipping",
+            "together",
         ),
         Quantity(
             "weight_norm",
@@ -115,8 +115,7 @@ STEPS = {
     "lr": {"unit": "1", "meaning": "learning rate of the optimizer's first group"},
     "grad_norm": {
         "unit": "loss / parameter",
-        "meaning": "L2 norm of the loss's gradient with respect to all parameters together, "
-        "before clipping",
+        "meaning": "L2 norm of the loss's gradient with respect to all floating-point parameters",
     },
 }
 """Columns of the table `steps` that have a fixed meaning."""
@@ -141,17 +140,45 @@ def select(names: str | Iterable[str]) -> dict[str, list[Quantity]]:
     return tables
 
 
-def meanings(world: int = 1) -> dict[str, dict[str, str]]:
-    """Quantity -> meaning and unit, for the metadata of the recorded files.
+@dataclass(frozen=True)
+class Conditions:
+    """Under which values were measured.
 
-    Args:
-        world: over how many ranks it was reduced, where each had a share of the batch.
+    Attributes:
+        ranks: over how many a value is reduced, where each had a share of the batch.
+        passes: forward passes of the model in a step, the fewest and the most seen.
+        scaled: whether the loss was scaled; its gradients are divided by that.
+        compiled: whether torch.compile runs the model or a part of it.
     """
+
+    ranks: int = 1
+    passes: tuple[int, int] = (1, 1)
+    scaled: bool = False
+    compiled: bool = False
+
+    def text(self, quantity: str) -> str:
+        """Those that matter to a quantity, in words."""
+        if quantity in _LOCAL:
+            return "the same on every rank" if self.ranks > 1 else "as it is"
+        fewest, most = self.passes
+        gradient = "grad" in quantity
+        words = [
+            "after unscaling" if gradient and self.scaled else "",
+            "" if most <= 1 else f"accumulated over {_range(fewest, most)} forward passes",
+            f"reduced over {self.ranks} ranks" if self.ranks > 1 else "",
+            "before clipping" if gradient else "",
+            "compiled" if self.compiled else "eager",
+        ]
+        return ", ".join(filter(None, words))
+
+
+def _range(fewest: int, most: int) -> str:
+    return str(most) if fewest == most else f"{fewest} to {most}"
+
+
+def meanings(conditions: Conditions | None = None) -> dict[str, dict[str, str]]:
+    """Quantity -> meaning, unit and conditions, for the metadata of the recorded files."""
     notes = {q.name: {"unit": q.unit, "meaning": q.meaning} for q in QUANTITIES.values()} | STEPS
-    if world == 1:
+    if conditions is None:
         return notes
-    reduced = f", reduced over {world} ranks"
-    return {
-        name: note | {"meaning": note["meaning"] + ("" if name in _LOCAL else reduced)}
-        for name, note in notes.items()
-    }
+    return {name: note | {"conditions": conditions.text(name)} for name, note in notes.items()}

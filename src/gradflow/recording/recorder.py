@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,17 +32,20 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradflow.errors import SpecError
 from gradflow.ranks import Ranks
 from gradflow.recording import buffers
 from gradflow.recording import quantities as registry
 from gradflow.recording.buffers import Buffer
-from gradflow.recording.execution import is_repeated, is_traced, will_be_repeated
+from gradflow.recording.execution import is_repeated, is_transformed, will_be_repeated
 from gradflow.recording.layers import Layer, Layers, gather_index
-from gradflow.recording.modules import Watch, ignore, tensors_of, wrap_terms
+from gradflow.recording.modules import Watch, ignore, is_compiled, tensors_of, wrap_terms
 from gradflow.recording.norms import Norms, check_group, gather, norm
+from gradflow.recording.quantities import Conditions
 from gradflow.recording.schedules import DEFAULTS, Schedule
+from gradflow.recording.updates import Updates
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +53,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gradflow.store import RunWriter
+
+
+_NAMED = 5  # layers that a message names at most
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,15 @@ class Recorder:
         quantities: `default`, `all`, or names (see `gradflow.recording.quantities`).
         schedule: `step -> bool`, for all tables or by table; by default weights every step,
             outputs and blocks every tenth and the first five.
-        optimizer: gives the learning rate, and is needed for `update_norm`, which copies the
-            parameters on the steps that measure it.
+        optimizer: one or several. Gives the learning rate, lets one that evaluates its closure
+            repeatedly (L-BFGS) count a single step for an update, and is needed for `update_norm`,
+            which copies the parameters on the steps that measure it.
         save: a directory (`runs/NAME`) that becomes a run of the store with `origin: external`.
         meta: what describes that run, `{"depth": 56, "skip": "none", "seed": 0}`: the columns by
             which comparisons pair.
-        scaler: the loop's GradScaler, if it has one: a gradient that overflows is then the
-            scaler's to skip, and no divergence.
+        scaler: the loop's GradScaler, if it has one: what is recorded is divided by its scale, but
+            for parameters' gradients that it has unscaled already; and a gradient that overflows is
+            the scaler's to skip, and no divergence.
         ranks: this process's place among those that train the model together by
             DistributedDataParallel, in torch.distributed's default group, each with a recorder and
             an equal share of every batch. What is recorded is then of the whole batch, and of
@@ -111,7 +120,7 @@ class Recorder:
         model: nn.Module,
         quantities: str | Iterable[str] = "default",
         schedule: Schedule | Mapping[str, Schedule] | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         save: str | Path | RunWriter | None = None,
         meta: Mapping[str, Any] | None = None,
         *,
@@ -119,10 +128,10 @@ class Recorder:
         ranks: Ranks | None = None,
     ):
         chosen = registry.select(quantities)
-        if optimizer is None and any(q.name == "update_norm" for q in chosen.get("weights", ())):
+        listed = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        if not listed and any(q.name == "update_norm" for q in chosen.get("weights", ())):
             raise SpecError("update_norm: give the optimizer whose updates are to be measured")
         self.model = model
-        self.optimizer = optimizer
         self.divergence: Divergence | None = None
         self.seconds = 0.0
         self.next_step = 0
@@ -131,7 +140,7 @@ class Recorder:
         check_group(self._ranks.world)
         self._save = save if self._ranks.rank == 0 else None
         self._meta = dict(meta or {})
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._updates = Updates(listed, scaler)
         self._writer: RunWriter | None = None
         self._schedules = _by_table(schedule)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -153,7 +162,11 @@ class Recorder:
         self._evaluations: list[dict[str, Any]] = []
         self._metrics: dict[str, float] = {}
         self._tables: dict[str, list[pa.Table]] = {}
-        self._before: list[Tensor | None] | None = None
+        self._before: list[Tensor | None] | None = None  # parameters as they were
+        self._added: tuple[Tensor, list[bool]] | None = None  # norms of updates, which there are
+        self._passes = 0  # forward passes of the model in the step under way
+        self._range = (0, 0)  # the fewest and the most of them in a step
+        self._unread: list[str] | None = None  # layers whose outputs cannot be read
         self._undo: list[Callable[[], None]] = []
         self._hooks: dict[int, Callable[[], None]] = {}  # owner -> undo of those on its output
         self._entering: dict[int, Callable[[], None]] = {}  # the same, of those before it
@@ -162,6 +175,7 @@ class Recorder:
         self._handled: list[BaseException | None] = []  # what was handled as a pass began
         self._modules_written = 0
         self._joining = self._paused = False
+        self._was_paused = False  # in the step under way
         self._under_way = 0  # counts what is collected for a step, and what was dropped
         self._flushed = time.monotonic()
         self._started = time.monotonic()
@@ -198,9 +212,7 @@ class Recorder:
         self._undo.append(self.model.register_forward_hook(after, always_call=True).remove)
         for index, block in enumerate(self._layers.blocks):
             self._undo.append(wrap_terms(block, partial(self._on_terms, index)))
-        if self.optimizer is not None and self._wants("weights", "update_norm"):
-            hook = self.optimizer.register_step_post_hook(self._on_update)
-            self._undo.append(hook.remove)
+        self._undo += self._updates.watch(self._on_update)
         self._attach()
         return self
 
@@ -250,6 +262,7 @@ class Recorder:
         a GAN's other pass.
         """
         outer, self._paused = self._paused, True
+        self._was_paused = True
         try:
             yield
         finally:
@@ -257,7 +270,10 @@ class Recorder:
 
     def _watching(self) -> bool:
         return (
-            torch.is_grad_enabled() and not self._paused and not is_traced() and not is_repeated()
+            torch.is_grad_enabled()
+            and not self._paused
+            and not is_transformed()
+            and not is_repeated()
         )
 
     def _before_pass(self, *_: Any) -> None:
@@ -266,8 +282,12 @@ class Recorder:
     def _on_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         """After each forward pass of the model; after one that raised, without an output."""
         handled = self._handled.pop() if self._handled else None
-        if output is None and sys.exception() is not handled and self._watching():
+        if not self._watching():
+            return
+        if output is None and sys.exception() is not handled:
             self._forget()
+        else:
+            self._passes += 1
 
     def _forget(self) -> None:
         """Drop what was seen since the last step."""
@@ -280,9 +300,11 @@ class Recorder:
         while self._on_leaves:
             self._on_leaves.pop().remove()
         self._under_way += 1
+        self._passes = 0
+        self._was_paused = self._paused
 
     def _on_enter(self, row: Layer, *_: Any) -> None:
-        if self._layers.is_placed(row) or self._paused or is_traced():
+        if self._layers.is_placed(row) or self._paused:
             return
         if self._watching():
             self._layers.enter(row)
@@ -354,27 +376,44 @@ class Recorder:
         if under_way == self._under_way and not self._paused:
             self._add(buffer, index, name, gradient.detach())
 
-    def _on_update(self, *_: Any) -> None:
+    def _on_update(self, optimizer: Optimizer) -> None:
         if self._before is None or not self._buffers["weights"].steps:
             return  # not measured at this step, or the step has left the buffer
         began = time.perf_counter()
         with torch.no_grad():
-            pairs = zip(self._layers.parameters(), self._before, strict=True)
-            added = [
-                None if before is None or after is None or before.shape != after.shape
-                else after.detach() - before
-                for after, before in pairs
-            ]  # fmt: skip
-            self._fill_weights("update_norm", *self._by_parameter("updates", added))
-        self._before = None
+            updated = self._updates.parameters(optimizer)
+            added: list[Tensor | None] = [None] * len(self._before)
+            for place, after in enumerate(self._layers.parameters()):
+                before = self._before[place]
+                if before is None or after is None or before.shape != after.shape:
+                    continue
+                if updated is None or id(after) in updated:
+                    added[place] = after.detach() - before
+            values, present = self._by_parameter("updates", added)
+            if self._added is not None:  # of other optimizers, hence of other parameters
+                values = values + self._added[0]
+                pairs = zip(present, self._added[1], strict=True)
+                present = [mine or theirs for mine, theirs in pairs]
+            self._added = values, present
+            self._fill_weights("update_norm", values, present)
+        if updated is None:
+            self._before = None
         self.seconds += time.perf_counter() - began
 
     @torch.no_grad()
-    def step(self, loss: Tensor | float | None = None, **values: Tensor | float) -> bool:
+    def step(
+        self,
+        loss: Tensor | float | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        **values: Tensor | float,
+    ) -> bool:
         """Record this update's gradients: after `backward`, before the optimizer's step.
 
         Args:
             loss: the step's training loss.
+            optimizer: which one is about to step, where there are several: gradients are then those
+                of what it updates.
             values: more numbers for the table `steps`, such as `accuracy`.
 
         Returns:
@@ -383,42 +422,83 @@ class Recorder:
         """
         if not self._undo:
             raise RuntimeError("Recorder.step outside its `with` block: nothing is watched there")
-        self._before = None
+        if self._updates.again:
+            self._forget()
+            return self.divergence is None
+        self._before = self._added = None
         if self._due():
             self.flush()
         began = time.perf_counter()
-        scale = self._scale()
-        for table, buffer in self._buffers.items():
-            if table != "weights" and self._measuring[table]:
-                buffer.close(self.next_step, self._ranks.world, scale)
-        self._layers.close()
+        self._close_passes()
+        total = self._record_weights(optimizer)
         self._end_of_step()
-        parameters = self._layers.parameters()
-        gradients, present = self._by_parameter(
-            "gradients", [None if parameter is None else parameter.grad for parameter in parameters]
-        )
-        total = norm(gradients) if any(present) else None
-        if self._measuring.get("weights"):
-            self._buffers["weights"].open(self.next_step)
-            if self._wants("weights", "weight_grad_norm"):
-                self._fill_weights("weight_grad_norm", gradients, present)
-            if self._wants("weights", "weight_norm"):
-                self._fill_weights("weight_norm", *self._by_parameter("weights", parameters))
-            if self._wants("weights", "update_norm"):
-                self._before = [p if p is None else p.detach().clone() for p in parameters]
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        lr = groups[0].get("lr") if groups else None
+        lr = self._updates.learning_rate(optimizer)
         given = self._over_ranks({"loss": loss, **values})
         row = {"loss": given.pop("loss", None), "lr": lr, **given, "grad_norm": total}
         self.latest = {name: _kept(value) for name, value in row.items() if value is not None}
         self._step_rows.append(self.latest | {"step": self.next_step})
         finite = self._device.type != "cpu" or self._non_finite(self._step_rows[-1]) is None
+        self._updates.recorded()
         self.next_step += 1
         self._attach()
         self.seconds += time.perf_counter() - began
         if not finite and self.divergence is None:
             self.flush()
         return finite
+
+    def _close_passes(self) -> None:
+        """Make rows of what was seen in forward and backward passes since the step before."""
+        scale = self._updates.loss_scale(self._device)
+        for table, buffer in self._buffers.items():
+            if table != "weights" and self._measuring[table]:
+                buffer.close(self.next_step, self._ranks.world, scale)
+        self._layers.close()
+        if self._passes:
+            fewest, most = self._range
+            self._range = min(fewest or self._passes, self._passes), max(most, self._passes)
+
+    def _record_weights(self, optimizer: Optimizer | None) -> Tensor | None:
+        """The step's row of the table `weights`, if it measures one; the norm of all gradients."""
+        parameters = self._layers.parameters()
+        gradients = [None if parameter is None else parameter.grad for parameter in parameters]
+        updated = self._updates.parameters(optimizer)
+        if updated is not None:
+            pairs = zip(parameters, gradients, strict=True)
+            gradients = [gradient if id(p) in updated else None for p, gradient in pairs]
+        values, present = self._by_parameter("gradients", gradients)
+        scale = self._updates.loss_scale(self._device)
+        if scale is not None and self._updates.are_scaled(optimizer):
+            values = values / scale
+        self._say_what_is_unread(present)
+        if self._measuring.get("weights"):
+            self._buffers["weights"].open(self.next_step)
+            if self._wants("weights", "weight_grad_norm"):
+                self._fill_weights("weight_grad_norm", values, present)
+            if self._wants("weights", "weight_norm"):
+                self._fill_weights("weight_norm", *self._by_parameter("weights", parameters))
+            if self._wants("weights", "update_norm"):
+                self._before = [p if p is None else p.detach().clone() for p in parameters]
+        return norm(values) if any(present) else None
+
+    def _say_what_is_unread(self, present: Sequence[bool]) -> None:
+        """Name, once, the layers with a gradient whose outputs should be measured and are not."""
+        if self._unread is not None or not self._measuring.get("outputs") or self._was_paused:
+            return
+        rows, own = self._layers.select("outputs"), self._layers.own
+        self._unread = [
+            row.layer
+            for row, places in zip(rows, own, strict=True)
+            if any(present[place] for place in places) and self._layers.nearest(row.layer) is None
+        ]
+        if self._unread:
+            shown = ", ".join(self._unread[:_NAMED])
+            more = len(self._unread) - _NAMED
+            shown += f" and {more} more" if more > 0 else ""
+            warnings.warn(
+                "gradflow: outputs are not recorded of layers that torch.compile runs, or that are "
+                f"used without being called: {shown}",
+                stacklevel=4,
+            )
 
     def _over_ranks(self, values: dict[str, Any]) -> dict[str, Any]:
         """Means over the ranks, of what there is."""
@@ -454,11 +534,9 @@ class Recorder:
         measured = [any(present[i] for i in own) for own in self._layers.own]
         self._buffers["weights"].fill(name, by_module, np.array(measured))
 
-    def _scale(self) -> Tensor | None:
-        """By what the loss was multiplied, on the device."""
-        if self._scaler is None:
-            return None
-        return self._scaler.scale(torch.ones((), device=self._device, dtype=torch.float64))
+    @property
+    def _compiled(self) -> bool:
+        return any(map(is_compiled, self.model.modules()))
 
     def evaluate(self, split: str, *, step: int | None = None, **metrics: Tensor | float) -> None:
         """Record metrics (`loss`, `accuracy`, …) of a split at the present parameters.
@@ -531,11 +609,15 @@ class Recorder:
             return
         from gradflow import schema
 
-        data = schema.table(name, columns, registry.meanings(self._ranks.world))
+        data = schema.table(name, columns, registry.meanings(self._conditions()))
         if self._writer is not None:
             self._writer.append(name, data)
         else:
             self._tables.setdefault(name, []).append(data)
+
+    def _conditions(self) -> Conditions:
+        scaled = self._updates.scaler is not None
+        return Conditions(self._ranks.world, self._range, scaled, self._compiled)
 
     def _long_columns(
         self, name: str, steps: np.ndarray, values: np.ndarray, measured: np.ndarray
@@ -565,7 +647,7 @@ class Recorder:
     def _non_finite(self, row: Mapping[str, Any]) -> str | None:
         if not math.isfinite(row.get("loss", 0.0)):
             return "loss"
-        if self._scaler is None and not math.isfinite(row.get("grad_norm", 0.0)):
+        if self._updates.scaler is None and not math.isfinite(row.get("grad_norm", 0.0)):
             return "grad_norm"
         return None
 

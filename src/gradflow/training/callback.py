@@ -75,7 +75,7 @@ class GradientFlow(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.recorder = Recorder(
             self._model or pl_module,
-            optimizer=trainer.optimizers[0],
+            optimizer=trainer.optimizers,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             ranks=_ranks(trainer),
             **self._options,  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ class GradientFlow(pl.Callback):
     ) -> None:
         loss, self._loss = self._loss, 0.0
         values = self._values() if self._values is not None else {}
-        finite = self.recorder.step(loss, **values)
+        finite = self.recorder.step(loss, optimizer=optimizer, **values)
         if not finite:
             # An optimizer passes over parameters without gradient: nothing is updated.
             optimizer.zero_grad(set_to_none=True)

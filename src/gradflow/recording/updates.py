@@ -1,0 +1,75 @@
+"""The optimizers whose updates are recorded, and the scale of the loss they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+
+class Updates:
+    """One or several optimizers, or none that is known, and a GradScaler if there is one.
+
+    Attributes:
+        again: whether the optimizer under way has been recorded before: one that evaluates its
+            closure several times makes a single update, from the first gradient on.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None):
+        self.optimizers = optimizers
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.again = False
+        self._under_way = False
+
+    def watch(self, after: Callable[[Optimizer], None]) -> list[Callable[[], None]]:
+        """Call `after` with the optimizer after each of its updates; returns the undoing."""
+
+        def start(*_: Any) -> None:
+            self._under_way, self.again = True, False
+
+        def end(optimizer: Optimizer, *_: Any) -> None:
+            self._under_way = self.again = False
+            after(optimizer)
+
+        undo: list[Callable[[], None]] = []
+        for optimizer in self.optimizers:
+            undo.append(optimizer.register_step_pre_hook(start).remove)
+            undo.append(optimizer.register_step_post_hook(end).remove)
+        return undo
+
+    def recorded(self) -> None:
+        """Note that a gradient was recorded."""
+        self.again = self._under_way
+
+    def parameters(self, optimizer: Optimizer | None) -> set[int] | None:
+        """The ids of what an optimizer updates; None for all, where it is not one of several."""
+        if optimizer is None or len(self.optimizers) < 2:
+            return None
+        return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    def learning_rate(self, optimizer: Optimizer | None) -> Any:
+        """Of the first group of this optimizer, or of the first one."""
+        of = next(iter(self.optimizers), None) if optimizer is None else optimizer
+        return None if of is None or not of.param_groups else of.param_groups[0].get("lr")
+
+    def loss_scale(self, device: torch.device) -> Tensor | None:
+        """By what the loss was multiplied, on the device."""
+        scale = None if self.scaler is None else self.scaler._scale  # None before its first use
+        return None if scale is None else scale.to(device=device, dtype=torch.float64)
+
+    def are_scaled(self, optimizer: Optimizer | None) -> bool:
+        """Whether the gradients are known to be still those of the scaled loss.
+
+        An optimizer that scales by itself (`fused=True`) leaves them so; without an optimizer, the
+        loop is trusted to have unscaled them.
+        """
+        known = self.optimizers if optimizer is None else [optimizer]
+        if self.scaler is None or not known:
+            return False
+        states = self.scaler._per_optimizer_states
+        stages = [states[id(of)]["stage"].name if id(of) in states else "READY" for of in known]
+        return all(stage == "READY" for stage in stages)
