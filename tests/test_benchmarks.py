@@ -1,0 +1,79 @@
+"""The benchmarks run and say something of every arm; what they measure is no test's business."""
+
+import contextlib
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import limits, recording
+from benchmarks.recording import ARMS, Task
+from gradflow.networks import chain
+
+OWN = [name for name, arm in ARMS.items() if not arm.install]
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    """A task of milliseconds, and a process left as it is."""
+    small = Task("small", lambda: chain(2, 4, branch="linear act", seed=0), (3, 4), 3, 4)
+    monkeypatch.setattr(recording, "TASKS", {"small": small})
+    monkeypatch.setattr(recording, "set_up_process", lambda threads: None)
+    monkeypatch.setattr(limits, "TASKS", recording.TASKS)
+
+
+def test_the_table_has_every_arm_and_positive_ratios(tmp_path, capsys):
+    frame = recording.main(["small", "--steps", "2", "--arms", *OWN, "--out", str(tmp_path)])
+    assert list(frame["arm"]) == OWN
+    ratios = frame[["ratio", "low", "high", "mean_ratio", "milliseconds"]].to_numpy()
+    assert (ratios > 0).all()
+    assert (frame["low"] <= frame["ratio"]).all()
+    assert (frame["ratio"] <= frame["high"]).all()
+    rows = re.findall(r"^\| ([^|]+) \|", (tmp_path / "recording.md").read_text(), re.MULTILINE)
+    assert rows == ["arm", "---", *OWN]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "recording.csv", "recording.md", "recording.png"
+    }  # fmt: skip
+    assert f"{torch.get_num_threads()} thread" in capsys.readouterr().out
+
+
+def test_an_arm_whose_package_is_missing_is_left_out_with_the_command_that_gets_it(
+    monkeypatch, capsys
+):
+    def missing(network, optimizer):
+        raise ImportError("No module named 'peer'")
+
+    monkeypatch.setitem(ARMS, "peer", recording.Arm(missing, "", "pip install peer"))
+    assert recording.available(["none", "peer"]) == ["none"]
+    assert "peer: left out (No module named 'peer'): pip install peer" in capsys.readouterr().out
+
+
+def test_every_arm_trains_the_same_network_alike():
+    """No arm changes what is computed: nothing of what is compared is spared by one of them."""
+    trained = {}
+    for name in OWN:
+        with contextlib.ExitStack() as stack:
+            arm = recording._Trainee(recording.TASKS["small"], ARMS[name].watch, stack)
+            for _ in range(3):
+                arm.step()
+            trained[name] = nn.utils.parameters_to_vector(arm.network.parameters())
+    assert all(torch.equal(trained["none"], values) for values in trained.values())
+
+
+def test_the_interval_of_the_median_is_that_of_the_order_statistics():
+    values = np.random.default_rng(0).permutation(np.arange(1.0, 101.0))
+    # Ranks 40 and 61 of 100: the tables' nonparametric 95 % interval of the median.
+    assert recording.median_interval(values) == (50.5, 40.0, 61.0)
+
+
+def test_what_a_recorder_holds_is_counted_in_all_its_tensors_and_arrays():
+    held = {"a": torch.zeros(3), "b": [np.zeros(2), (torch.zeros(1, dtype=torch.float64), "x")]}
+    assert limits.held_bytes(held) == 3 * 4 + 2 * 8 + 8
+
+
+def test_the_limits_are_stated_for_a_task():
+    assert re.match(r"small: 0\.00 MB in \d+ tensors; step", limits.least("small", 2))
+    assert re.search(r"buffers [\d.]+ MB \(weights ", limits.buffers("default", "small"))
+    assert re.search(r"median \d+\.\d+ \[", limits.whole_run(2, depth=8))
