@@ -56,9 +56,11 @@ for scale in scales:
     y = torch.randint(0, 4, (5, 12))
     trained = DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    # The model itself, with its ranks, or what DDP made of it, which knows them.
+    watched, ranks = (trained, None) if scale == 1 else (model, place)
     with gradflow.Recorder(
-        model, "all", schedule=lambda step: step != 3, optimizer=optimizer,
-        save=f"{save}-{scale}", ranks=place,
+        watched, "all", schedule=lambda step: step != 3, optimizer=optimizer,
+        save=f"{save}-{scale}", ranks=ranks,
     ) as recorder:
         for images, labels in zip(x, y):
             optimizer.zero_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from gradflow.recording.modules import is_block, is_compiled, kind_of, name_of
+from gradflow.recording.modules import class_name, is_block, is_compiled, kind_of, name_of
 
 _LAST = 10**9
 
@@ -66,7 +66,7 @@ class Layers:
         if isinstance(model, DistributedDataParallel):
             model = model.module
         modules = {name_of(name): module for name, module in model.named_modules()}
-        root = type(modules[""]).__name__
+        root = class_name(modules[""])
         blocks: list[str] = []
         for place, (name, module) in enumerate(modules.items()):
             layer = name or (root if root not in modules else f"{root}()")

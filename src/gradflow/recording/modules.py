@@ -40,6 +40,13 @@ def name_of(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
+def class_name(module: nn.Module) -> str:
+    """Of the class that its user wrote: `fully_shard` puts another in its place."""
+    name = type(module).__name__
+    is_sharded = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+    return name.removeprefix("FSDP") if is_sharded else name
+
+
 def tensors_of(output: Any) -> list[Tensor]:
     """The different floating-point tensors in a module's output, each once.
 

@@ -45,6 +45,7 @@ from gradflow.recording.modules import Watch, ignore, is_compiled, tensors_of, w
 from gradflow.recording.norms import Norms, check_group, gather, norm
 from gradflow.recording.quantities import Conditions
 from gradflow.recording.schedules import DEFAULTS, Schedule
+from gradflow.recording.shards import is_sharded, local, ranks_of, reduce, share
 from gradflow.recording.updates import Updates
 
 if TYPE_CHECKING:
@@ -97,11 +98,15 @@ class Recorder:
         scaler: the loop's GradScaler, if it has one: what is recorded is divided by its scale, but
             for parameters' gradients that it has unscaled already; and a gradient that overflows is
             the scaler's to skip, and no divergence.
-        ranks: this process's place among those that train the model together by
-            DistributedDataParallel, in torch.distributed's default group, each with a recorder and
-            an equal share of every batch. What is recorded is then of the whole batch, and of
-            every other number given to `step` the mean over the ranks. Only rank 0 keeps it, and
-            only its `save` counts.
+        ranks: this process's place among those that train the model together, in
+            torch.distributed's default group, each with a recorder and an equal share of every
+            batch. By default all ranks, where `model` is a DistributedDataParallel or was given to
+            `fully_shard` (FSDP2); to be given where DistributedDataParallel is around `model`. What
+            is recorded is then of the whole batch and of whole parameters, and of every other
+            number given to `step` the mean over the ranks. Only rank 0 keeps it, and only its
+            `save` counts. Norms of sharded parameters are put together when buffers are emptied:
+            `flush`, `table` and `plot` are then for all ranks to call, and `latest` has no
+            `grad_norm`.
 
     Attributes:
         latest: the last row of the table `steps`: the loss and the other numbers of the last step.
@@ -136,7 +141,7 @@ class Recorder:
         self.seconds = 0.0
         self.next_step = 0
         self.latest: dict[str, Any] = {}
-        self._ranks = ranks or Ranks()
+        self._ranks = ranks or ranks_of(model)
         check_group(self._ranks.world)
         self._save = save if self._ranks.rank == 0 else None
         self._meta = dict(meta or {})
@@ -157,6 +162,7 @@ class Recorder:
         }
         count = sum(map(len, self._layers.own))
         self._gather = gather_index(self._layers.own, count, self._device)
+        self._sharded = any(map(is_sharded, self._layers.parameters()))
         self._norms: dict[str, tuple[list[torch.Size], Norms]] = {}  # by what they are of
         self._step_rows: list[dict[str, Any]] = []
         self._evaluations: list[dict[str, Any]] = []
@@ -227,7 +233,8 @@ class Recorder:
         for hooks in (self._undo, self._hooks, self._entering, self._handled):
             hooks.clear()
         self._forget()
-        self.flush()
+        if kind is None or not self._sharded:  # the other ranks may not come this far
+            self.flush()
         if isinstance(self._save, str | Path) and self._writer is not None:
             self._finish_external(self._writer, kind, error)
 
@@ -385,10 +392,10 @@ class Recorder:
             added: list[Tensor | None] = [None] * len(self._before)
             for place, after in enumerate(self._layers.parameters()):
                 before = self._before[place]
-                if before is None or after is None or before.shape != after.shape:
+                if before is None or after is None or not (updated is None or id(after) in updated):
                     continue
-                if updated is None or id(after) in updated:
-                    added[place] = after.detach() - before
+                now = local(after.detach())
+                added[place] = now - before if now.shape == before.shape else None
             values, present = self._by_parameter("updates", added)
             if self._added is not None:  # of other optimizers, hence of other parameters
                 values = values + self._added[0]
@@ -437,7 +444,9 @@ class Recorder:
         row = {"loss": given.pop("loss", None), "lr": lr, **given, "grad_norm": total}
         self.latest = {name: _kept(value) for name, value in row.items() if value is not None}
         self._step_rows.append(self.latest | {"step": self.next_step})
-        finite = self._device.type != "cpu" or self._non_finite(self._step_rows[-1]) is None
+        if self._sharded:
+            self.latest.pop("grad_norm", None)  # of this rank's part alone
+        finite = self._device.type != "cpu" or self._non_finite(self.latest) is None
         self._updates.recorded()
         self.next_step += 1
         self._attach()
@@ -477,7 +486,9 @@ class Recorder:
             if self._wants("weights", "weight_norm"):
                 self._fill_weights("weight_norm", *self._by_parameter("weights", parameters))
             if self._wants("weights", "update_norm"):
-                self._before = [p if p is None else p.detach().clone() for p in parameters]
+                self._before = [
+                    None if p is None else local(p.detach()).clone() for p in parameters
+                ]
         return norm(values) if any(present) else None
 
     def _say_what_is_unread(self, present: Sequence[bool]) -> None:
@@ -516,16 +527,22 @@ class Recorder:
     def _by_parameter(self, of: str, tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[bool]]:
         """Norms of parameters' tensors, 0 for those that are not there, and which are."""
         present = [tensor is not None for tensor in tensors]
-        there = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
+        there = [t for t in tensors if t is not None]
+        if self._sharded:
+            there = [local(t) for t in there]
+        there = [t.coalesce().values() if t.is_sparse else t for t in there]
         shapes = [tensor.shape for tensor in there]
         known = self._norms.get(of)
         if known is None or known[0] != shapes:  # some got no gradient, or one of other rows
             known = self._norms[of] = shapes, Norms(there)
         found = known[1](there)
-        if len(there) == len(tensors):
-            return found, present
-        places = torch.tensor(present, device=found.device).nonzero().flatten()
-        return found.new_zeros(len(tensors)).index_copy_(0, places, found), present
+        if len(there) < len(tensors):
+            places = torch.tensor(present, device=found.device).nonzero().flatten()
+            found = found.new_zeros(len(tensors)).index_copy_(0, places, found)
+        if self._sharded:
+            shares = [share(p, self._ranks.world) for p in self._layers.parameters()]
+            found = found * torch.tensor(shares, dtype=found.dtype, device=found.device)
+        return found, present
 
     def _fill_weights(self, name: str, values: Tensor, present: list[bool]) -> None:
         """Combine norms by parameter into norms by module; `present` says which were measured."""
@@ -555,10 +572,15 @@ class Recorder:
         """Weight-gradient norm of the first convolution over that of the last, at the last step.
 
         Linear layers where there are no convolutions. Waits for the device; None where the last
-        step's gradients were not measured.
+        step's gradients were not measured, or no rank has them whole.
         """
         buffer = self._buffers.get("weights")
-        if buffer is None or "weight_grad_norm" not in buffer.index or not buffer.steps:
+        if (
+            self._sharded
+            or buffer is None
+            or "weight_grad_norm" not in buffer.index
+            or not buffer.steps
+        ):
             return None
         rows = [
             (self._layers.place(row, i), row.kind)
@@ -579,7 +601,7 @@ class Recorder:
             return True
         waited = time.monotonic() - self._flushed
         return len(self._step_rows) >= buffers.FLUSH_STEPS or (
-            self._writer is not None and waited > buffers.FLUSH_SECONDS
+            self._writer is not None and waited > buffers.FLUSH_SECONDS and not self._sharded
         )
 
     def flush(self) -> None:
@@ -587,6 +609,8 @@ class Recorder:
         began = time.perf_counter()
         drained = {name: buffer.drain() for name, buffer in self._buffers.items()}
         steps, self._step_rows = _plain(self._step_rows), []
+        if self._sharded and steps:
+            self._put_together(drained, steps)
         if self.divergence is None:
             self.divergence = self._first_divergence(steps, drained)
         if self._writer is not None and steps and self._layers.executed > self._modules_written:
@@ -603,6 +627,19 @@ class Recorder:
             self._evaluations = []
         self._flushed = time.monotonic()
         self.seconds += time.perf_counter() - began
+
+    def _put_together(self, drained: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+        """Make norms of this rank's part of the parameters those of the whole."""
+        if "weights" in drained:
+            numbers, values, measured = drained["weights"]
+            whole = reduce(values, measured, self._ranks.world, self._device)
+            drained["weights"] = (numbers, *whole)
+        totals = np.array([row.get("grad_norm", np.nan) for row in steps])
+        known = np.array(["grad_norm" in row for row in steps])
+        totals, known = reduce(totals, known, self._ranks.world, self._device)
+        for row, total, is_known in zip(steps, totals.tolist(), known, strict=True):
+            if is_known:
+                row["grad_norm"] = total
 
     def _emit(self, name: str, columns: dict[str, Any]) -> None:
         if not len(columns["step"]) or self._ranks.rank > 0:
