@@ -163,7 +163,8 @@ class Recorder:
         count = sum(map(len, self._layers.own))
         self._gather = gather_index(self._layers.own, count, self._device)
         self._sharded = any(map(is_sharded, self._layers.parameters()))
-        self._norms: dict[str, tuple[list[torch.Size], Norms]] = {}  # by what they are of
+        # By what they are of: for which parameters, in which shapes, and at which places.
+        self._norms: dict[str, tuple[list[bool], list[torch.Size], Norms, Tensor]] = {}
         self._step_rows: list[dict[str, Any]] = []
         self._evaluations: list[dict[str, Any]] = []
         self._metrics: dict[str, float] = {}
@@ -533,12 +534,14 @@ class Recorder:
         there = [t.coalesce().values() if t.is_sparse else t for t in there]
         shapes = [tensor.shape for tensor in there]
         known = self._norms.get(of)
-        if known is None or known[0] != shapes:  # some got no gradient, or one of other rows
-            known = self._norms[of] = shapes, Norms(there)
-        found = known[1](there)
+        if known is None or known[:2] != (present, shapes):
+            # Another parameter has no gradient, or a sparse one other rows.
+            places = [place for place, is_there in enumerate(present) if is_there]
+            at = torch.tensor(places, dtype=torch.int64, device=self._device)
+            known = self._norms[of] = present, shapes, Norms(there), at
+        found = known[2](there)
         if len(there) < len(tensors):
-            places = torch.tensor(present, device=found.device).nonzero().flatten()
-            found = found.new_zeros(len(tensors)).index_copy_(0, places, found)
+            found = found.new_zeros(len(tensors)).index_copy_(0, known[3], found)
         if self._sharded:
             shares = [share(p, self._ranks.world) for p in self._layers.parameters()]
             found = found * torch.tensor(shares, dtype=found.dtype, device=found.device)
