@@ -330,3 +330,18 @@ def test_first_to_last() -> None:
         ratio = recorder.first_to_last()
     found = column(recorder, "weights", "weight_grad_norm")
     assert ratio == near(found["first"] / found["last"], rel=1e-6)
+
+
+def test_a_parameter_put_in_another_s_place_is_read() -> None:
+    """By assignment, pruning, an adapter: the record follows the model, not what it once was."""
+    network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 1))
+    with Recorder(network) as recorder:
+        for factor in (1.0, 100.0):
+            network[0].weight = nn.Parameter(torch.full((4, 4), factor))
+            network(torch.ones(2, 4)).sum().backward()
+            recorder.step()
+    norms = cells(recorder.table("weights"), "weight_norm")
+    assert [norms[0, "0"], norms[1, "0"]] == [4, 400]
+    assert network[0].weight.grad is not None
+    gradients = cells(recorder.table("weights"), "weight_grad_norm")
+    assert gradients[1, "0"] == near(norm(network[0].weight.grad), rel=1e-6)
