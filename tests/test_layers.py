@@ -21,6 +21,7 @@ FORBIDDEN = {
             "tables",
             "plots",
             "captions",
+            "diagnosis",
             "report",
             "atlas",
             "page",
@@ -79,6 +80,8 @@ def test_a_room_imports_nothing_it_must_not_know(path):
         ("gradflow.spec", ("torch", "pandas", "numpy")),
         ("gradflow.sweep", ("torch", "pytorch_lightning", "hydra")),
         ("gradflow.store", ("torch", "pytorch_lightning", "hydra")),
+        ("gradflow.diagnosis", ("torch", "pytorch_lightning", "hydra", "matplotlib")),
+        ("gradflow.recording.diagnose", ("pandas", "pyarrow", "gradflow.networks")),
         ("gradflow.report", ("torch", "pytorch_lightning", "hydra")),
         ("gradflow.recording", ("pandas", "pyarrow", "pytorch_lightning", "gradflow.networks")),
         ("gradflow.theory", ("torch", "pandas", "pytorch_lightning", "hydra")),
@@ -97,7 +100,7 @@ def test_public_names_resolve_lazily_and_stay_functions():
         "import gradflow, gradflow.run, gradflow.sweep\n"
         "assert set(gradflow.__all__) <= set(dir(gradflow))\n"
         "found = [getattr(gradflow, name) for name in gradflow.__all__]\n"
-        "modules = [gradflow.networks, gradflow.probes, gradflow.theory]\n"
+        "modules = [gradflow.diagnosis, gradflow.networks, gradflow.probes, gradflow.theory]\n"
         "assert all(callable(one) or one in modules for one in found)\n"
         "from gradflow.run import run\n"
         "assert gradflow.run is run\n"

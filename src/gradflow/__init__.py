@@ -11,9 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradflow import networks, theory
+    from gradflow import diagnosis, networks, theory
     from gradflow.networks import Skip, build_network
     from gradflow.recording import Recorder, probes
+    from gradflow.recording.diagnose import diagnose
     from gradflow.run import run
     from gradflow.spec import RunSpec
     from gradflow.store import load_runs
@@ -26,12 +27,14 @@ _HOMES = {
     "RunSpec": "gradflow.spec",
     "Skip": "gradflow.networks",
     "build_network": "gradflow.networks",
+    "diagnose": "gradflow.recording.diagnose",
     "load_runs": "gradflow.store",
     "run": "gradflow.run",
     "sweep": "gradflow.sweep",
 }
 _MODULES = {
     "networks": "gradflow.networks",
+    "diagnosis": "gradflow.diagnosis",
     "probes": "gradflow.recording.probes",
     "theory": "gradflow.theory",
 }
@@ -43,6 +46,8 @@ __all__ = [
     "RunSpec",
     "Skip",
     "build_network",
+    "diagnose",
+    "diagnosis",
     "load_runs",
     "networks",
     "probes",

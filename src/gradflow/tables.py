@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -612,6 +612,7 @@ class Rate:
 
     `factor` is a ratio of norms (not squared) and None where no exponential fits; `verdict` is
     `exploding`, `vanishing`, `healthy`, or empty; `reason` says why there is no factor.
+    `low` and `high` bound the factor: 95 %, over the chain's layers (see `fit_rate`).
     `first_last` is the norm of the network's first layer of this kind over that of its last.
     """
 
@@ -622,6 +623,8 @@ class Rate:
     stage: int | None = None
     kind: str = ""
     first_last: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
 
 
 def fit_rate(norms: ArrayLike) -> Rate:
@@ -631,6 +634,10 @@ def fit_rate(norms: ArrayLike) -> Rate:
     given only where the norms keep their size, or where an exponential describes them: little
     residual, no bend, and enough of a change to tell. A power law, as in residual networks, and
     tanh's slow decay are refused; so are zeros and non-finite norms.
+
+    Its interval is the slope's t interval, the layers counted for as many as are independent:
+    n(1 − r)/(1 + r), r the residuals' correlation from one layer to the next (Santer et al. 2000,
+    doi 10.1029/1999JD901105, eq. 6). NaN where fewer than three are left.
     """
     values = np.asarray(norms, dtype=float)
     n = values.size
@@ -644,14 +651,30 @@ def fit_rate(norms: ArrayLike) -> Rate:
     slope = -line[0] * 2 / (n - 1)
     span = abs(slope) * (n - 1)
     factor = float(np.exp(slope))
+    half = _slope_half(y - np.polyval(line, x)) * 2 / (n - 1)
+    low, high = float(np.exp(slope - half)), float(np.exp(slope + half))
     if abs(slope) <= FLAT_RATE and span <= FLAT_RANGE and noise <= FLAT_NOISE:
-        return Rate(factor, "healthy", layers=n)
+        return Rate(factor, "healthy", layers=n, low=low, high=high)
     floor = NOISE_FLOOR if abs(slope) > FLAT_RATE else 0.0
     straight = noise <= max(floor, NOISE_SHARE * span)
     straight &= bend <= max(CURVE_FLOOR, CURVE_SHARE * abs(line[0]))
     if straight and span >= MIN_RANGE:
-        return Rate(factor, "exploding" if slope > 0 else "vanishing", layers=n)
+        verdict = "exploding" if slope > 0 else "vanishing"
+        return Rate(factor, verdict, layers=n, low=low, high=high)
     return Rate(reason="no exponential fits", layers=n)
+
+
+def _slope_half(residuals: NDArray[np.float64]) -> float:
+    """Half the 95 % interval of a slope over x ∈ [−1, 1], from the residuals of the fit."""
+    n, squares = residuals.size, float((residuals**2).sum())
+    if squares <= 1e-20 * n:  # rounding
+        return 0.0
+    next_to = max(0.0, float(residuals[1:] @ residuals[:-1]) / squares)
+    independent = n * (1 - next_to) / (1 + next_to)
+    if independent < 3:
+        return math.nan
+    spread = math.sqrt(squares / (independent - 2) / (np.linspace(-1, 1, n) ** 2).sum())
+    return float(stdtrit(independent - 2, (1 + LEVEL) / 2)) * spread
 
 
 def _broken(values: NDArray[np.float64]) -> str:
@@ -661,7 +684,7 @@ def _broken(values: NDArray[np.float64]) -> str:
     return f"exactly zero in {zero} of {values.size} layers" if zero else ""
 
 
-def layer_rate(frame: pd.DataFrame) -> Rate:
+def layer_rate(frame: pd.DataFrame, quantity: str = "weight_grad_norm") -> Rate:
     """`fit_rate` of the first chain of like layers in one run's `profile` at one step.
 
     The chain is that of same-shaped convolutions of the first stage that has five of them; of
@@ -671,7 +694,7 @@ def layer_rate(frame: pd.DataFrame) -> Rate:
         layers = frame[frame["kind"] == kind].sort_values("position")
         if len(layers) < 2:
             continue
-        values = layers["weight_grad_norm"].to_numpy(dtype=float)
+        values = layers[quantity].to_numpy(dtype=float)
         with np.errstate(divide="ignore", invalid="ignore"):
             ends = float(np.divide(values[0], values[-1]))
         chains = [
@@ -684,8 +707,7 @@ def layer_rate(frame: pd.DataFrame) -> Rate:
             return Rate(reason=reason, kind=kind, first_last=ends, layers=len(layers))
         chain = chains[0]  # of the lowest stage
         stage = int(chain["stage"].iloc[0])
-        rate = fit_rate(chain["weight_grad_norm"])
-        return Rate(rate.factor, rate.verdict, rate.reason, rate.layers, stage, kind, ends)
+        return replace(fit_rate(chain[quantity]), stage=stage, kind=kind, first_last=ends)
     return Rate(reason="fewer than two convolutions or linear layers")
 
 

@@ -8,6 +8,7 @@ model sees these passes like any other, unless they are in its `paused()`.
 """
 
 from gradflow.recording.probes.derivatives import (
+    gradient_cosine,
     jacobian_moments,
     jacobian_spectrum,
     shattering,
@@ -32,6 +33,7 @@ __all__ = [
     "cosine_map",
     "deleted",
     "displacement",
+    "gradient_cosine",
     "jacobian_moments",
     "jacobian_spectrum",
     "layer_std",

@@ -11,7 +11,15 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradflow.errors import GradflowError
-from gradflow.recording.probes.passes import Reading, differentiable, output_of, untouched, wide
+from gradflow.recording.probes.passes import (
+    Reading,
+    cast_copy,
+    differentiable,
+    output_of,
+    readout,
+    untouched,
+    wide,
+)
 
 _ROWS = 128
 """Rows of a Jacobian to a backward pass: more gain nothing, and cost memory."""
@@ -131,6 +139,50 @@ def shattering(
         Reading("gradient_autocorrelation", value, x_name="lag", x=float(lag))
         for lag, value in enumerate(found, 1)
     ]
+
+
+def gradient_cosine(
+    model: nn.Module, inputs: Tensor, *, distance: float = 1e-3, seed: int = 0
+) -> list[Reading]:
+    """`input_gradient_cosine` at `distance`: how alike the gradients at neighbouring inputs are.
+
+    Each input x gets a neighbour x + δ, δ in a random direction and ‖δ‖ = distance·‖x‖. The cosine
+    of ∂L/∂x at both, L one random linear readout of the output, is averaged over the inputs. The
+    inputs and their neighbours are a batch each. 1 where the gradient is the same, about 0 where it
+    is shattered: Balduzzi et al. 2017 (arXiv 1702.08591). nan where a gradient is zero. What is in
+    half precision is measured on a copy in float32: there, neighbours round to one number.
+
+    Args:
+        inputs: (N, …), floating-point.
+        distance: relative to the norm of each input.
+        seed: of readout and direction.
+    """
+    if torch.finfo(inputs.dtype).bits < 32:
+        model, inputs = cast_copy(model, inputs, torch.float32)
+    draw = Generator().manual_seed(seed)
+    direction = torch.randn(inputs.shape, generator=draw, dtype=torch.float32, device="cpu")
+    direction, places = direction.to(wide(inputs)), wide(inputs).flatten(1)
+    lengths = places.norm(dim=1) / direction.flatten(1).norm(dim=1)
+    shift = distance * lengths.view(-1, *[1] * (inputs.dim() - 1)) * direction
+    first, second = (
+        _readout_gradient(model, x, seed).flatten(1)
+        for x in (inputs, (wide(inputs) + shift).to(inputs.dtype))
+    )
+    cosine = functional.cosine_similarity(_unit(first), _unit(second), dim=1, eps=0)
+    return [Reading("input_gradient_cosine", cosine.mean().item(), None, "distance", distance)]
+
+
+def _readout_gradient(model: nn.Module, inputs: Tensor, seed: int) -> Tensor:
+    x = differentiable(inputs)
+    with untouched(model):
+        y = output_of(model(x))
+        (gradient,) = torch.autograd.grad(y, x, readout(y, seed))
+    return wide(gradient)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Scaled by their largest elements: squares of small ones would underflow."""
+    return rows / rows.abs().amax(dim=1, keepdim=True)
 
 
 def _check_batch_norms(model: nn.Module) -> None:

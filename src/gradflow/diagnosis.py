@@ -1,0 +1,708 @@
+"""A diagnosis in words, from the record: what is wrong with a gradient, where, and what helps.
+
+The one home of these words and their thresholds. Thresholds say what changes training, and stand
+beside the constants below with their reasons; none was chosen by looking at networks. What was not
+recorded is named as not measured, never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from gradflow import tables
+from gradflow.errors import GradflowError
+from gradflow.store import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+VANISHING, EXPLODING, HEALTHY = "vanishing", "exploding", "healthy"
+NON_FINITE, DEAD, SATURATED = "not finite", "dead units", "saturated"
+UNDERFLOW, SHATTERED, COLLAPSED = "underflow", "shattered", "collapsed inputs"
+NAMES = (
+    NON_FINITE, UNDERFLOW, VANISHING, EXPLODING, DEAD, SATURATED, COLLAPSED, SHATTERED, HEALTHY,
+)  # fmt: skip
+"""All diagnoses, in the order in which they are told: what makes others unreadable first."""
+
+CHANGE = 1e3
+"""Gradient norm at one end of the network over that at the other. One learning rate serves all
+layers; the usable ones span about three decades, so beyond this some layers stand still or are
+torn."""
+STEADY_CHANGE = 1e2
+"""The same where an exponential fits, the rate's interval excludes 1, and the rate over all layers
+explains the change: it is a law of the whole network then, and twice the depth squares it."""
+EXPLAINED = 0.5
+"""The logarithm of a change over what the rate makes of it over all layers, at least: less is a law
+of some layers only."""
+DEAD_SHARE = 0.5
+"""Share of a layer's units without any gradient. With symmetric weights half of them are off even
+where all inputs point the same way; more, beyond what CHANCE allows, is no accident of the
+initialisation. Lu et al. 2019 (arXiv 1903.06733)."""
+CHANCE = 1e-3
+"""Chance that symmetric weights put any of the layers beyond the bound on its dead units."""
+SATURATED_SHARE = 0.5
+"""Share of a layer's outputs where the slope of the activation that follows is below a twentieth of
+its largest: beyond this the median unit passes on less than 5 % of the gradient. Glorot & Bengio
+2010 (AISTATS, §3)."""
+SUBNORMAL_SHARE = 0.5
+"""Share of a layer's non-zero gradient elements that are subnormal: beyond this a typical element
+has lost digits, and a factor of 2¹⁰ (fp16) or 2²³ (fp32) remains to nothing. Micikevicius et al.
+2018 (arXiv 1710.03740, §3.2)."""
+VANISHINGLY_SMALL = 1e-30
+"""A gradient norm beside which an exact zero is underflow: no unit that is off leaves such ones."""
+COLLAPSE = math.exp(-6)
+"""Share of the outputs' mean square that differs between inputs, over that at the first layer.
+Networks train up to about six times the depth at which correlations converge by a factor of e:
+Schoenholz et al. 2017 (arXiv 1611.01232, Fig. 5)."""
+COSINE = 0.5
+"""Cosine of the gradients at inputs a thousandth of their norm apart, which is about what a usual
+update changes: below it, most of a gradient's direction is lost over the length of its own step.
+Balduzzi et al. 2017 (arXiv 1702.08591)."""
+ENDS = 3
+"""Layers at either end of the network whose median is compared; one each, of fewer than six."""
+
+ADVICE = {
+    NON_FINITE: "Lower the learning rate or warm it up, and clip the gradient's norm (Pascanu et "
+    "al. 2013, arXiv 1211.5063); in fp16 use a gradient scaler.",
+    UNDERFLOW: "Scale the loss (Micikevicius et al. 2018, arXiv 1710.03740), or use bfloat16, "
+    "which has float32's range (Kalamkar et al. 2019, arXiv 1905.12322).",
+    VANISHING: "Draw the weights for the activation: He's initialisation for ReLU (He et al. 2015, "
+    "arXiv 1502.01852), orthogonal for tanh (Saxe et al. 2014, arXiv 1312.6120); or add skips.",
+    EXPLODING: "Add skip connections (under batch normalisation nothing less helps: Yang et al. "
+    "2019, arXiv 1902.08129); without normalisation, draw smaller weights (He et al. 2015).",
+    DEAD: "Use an activation that leaks (Maas et al. 2013, ICML), a lower learning rate, and "
+    "biases that start at zero.",
+    SATURATED: "Draw smaller weights (Glorot & Bengio 2010, AISTATS), normalise before the "
+    "activation (Ioffe & Szegedy 2015, arXiv 1502.03167), or use ReLU.",
+    SHATTERED: "Add skip connections with a small branch (Balduzzi et al. 2017, arXiv 1702.08591), "
+    "or start linear (their looks-linear initialisation).",
+    COLLAPSED: "Centre the inputs (LeCun et al. 1998, Efficient BackProp); start at the edge of "
+    "chaos (Schoenholz et al. 2017, arXiv 1611.01232); or normalise over the batch (Daneshmand et "
+    "al. 2020, arXiv 2003.01652).",
+    HEALTHY: "",
+}  # fmt: skip
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One thing that the record shows.
+
+    Attributes:
+        name: one of NAMES.
+        sentence: what was measured, with its numbers.
+        layers: the modules concerned, input side first.
+        evidence: the numbers behind the sentence, by name.
+        advice: what usually helps, with its source; empty for `healthy`.
+    """
+
+    name: str
+    sentence: str
+    layers: tuple[str, ...] = ()
+    evidence: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def advice(self) -> str:
+        return ADVICE[self.name]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.sentence}"]
+        lines += [f"  layers: {_listed(self.layers)}"] * bool(self.layers)
+        lines += [f"  usually helps: {self.advice}"] * bool(self.advice)
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The diagnoses of one step; `str()` tells them, `plot()` draws the gradient's profile.
+
+    Attributes:
+        step: how many updates the parameters had had; None of a model, which does not know.
+        findings: what is wrong, or the one finding `healthy`; empty where the gradient was not
+            recorded and nothing else is wrong.
+        unmeasured: diagnosis -> why the record cannot tell.
+        remarks: what looks like trouble and is none.
+        tables: the frames examined: `weights`, `outputs`, `probes`.
+    """
+
+    step: int | None
+    findings: tuple[Diagnosis, ...]
+    unmeasured: Mapping[str, str]
+    remarks: tuple[str, ...] = ()
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict, repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the findings."""
+        return tuple(finding.name for finding in self.findings)
+
+    def __str__(self) -> str:
+        told = ", ".join(self.names) or "no diagnosis: the gradient of the layers was not measured"
+        when = "diagnosis" if self.step is None else tables.when([self.step])
+        when = "at initialisation" if self.step == 0 else when
+        lines = [f"{when}: {told}", *map(str, self.findings), *self.remarks]
+        lines += [f"not measured: {name} ({why})" for name, why in self.unmeasured.items()]
+        return "\n".join(lines)
+
+    def plot(self) -> Figure:
+        """The norm of each layer's weight gradient from the input on, the diagnosis for a title.
+
+        Raises:
+            GradflowError: the gradient of the weights was not recorded.
+        """
+        from gradflow import plots
+
+        frame = self.tables.get("weights", pd.DataFrame())
+        return plots.profile(frame, title=", ".join(self.names))
+
+
+def _listed(layers: Sequence[str], most: int = 6) -> str:
+    if len(layers) <= most:
+        return ", ".join(layers)
+    return f"{', '.join(layers[: most // 2])}, …, {layers[-1]} ({len(layers)} in all)"
+
+
+# --- from tables, and from runs -------------------------------------------------------------------
+
+
+def diagnose_tables(
+    weights: pd.DataFrame,
+    outputs: pd.DataFrame | None = None,
+    probes: pd.DataFrame | None = None,
+    *,
+    step: int | None = None,
+) -> Examination:
+    """What the tables of one run show at one step.
+
+    Args:
+        weights, outputs: with the columns of the modules, as `Recorder.table` and
+            `Run.with_modules` give them. A quantity that is missing is not measured.
+        probes: probes.parquet's, for `input_gradient_cosine` or `gradient_autocorrelation`.
+        step: which; by default the first of `weights`. Outputs and probes are those of the nearest
+            step at which they were measured, and not told of another than `step` if that is 0.
+
+    Raises:
+        GradflowError: nothing was recorded, or not at that step.
+    """
+    if weights.empty:
+        raise GradflowError("nothing to diagnose: no gradient of the weights was recorded")
+    known = np.unique(weights["step"].to_numpy(dtype=int))
+    at = int(known[0]) if step is None else step
+    if at not in known:
+        raise GradflowError(f"step={at}: recorded are {known[0]} to {known[-1]}")
+    frames = {
+        name: _nearest(frame, at)
+        for name, frame in {"weights": weights, "outputs": outputs, "probes": probes}.items()
+    }
+    return _examine(_Record(**frames), at)
+
+
+def diagnose_run(run: Run) -> list[Examination]:
+    """What a recorded run, gradflow's or a user's, shows at its first and at its last step.
+
+    Raises:
+        GradflowError: no gradient of weights was recorded, or a table is damaged.
+    """
+    weights, outputs = (run.with_modules(name) for name in ("weights", "outputs"))
+    probes = run.frame("probes")
+    steps = weights["step"].to_numpy(dtype=int) if len(weights) else np.zeros(1, int)
+    ends = dict.fromkeys([int(steps.min()), int(steps.max())])
+    return [diagnose_tables(weights, outputs, probes, step=step) for step in ends]
+
+
+def _nearest(frame: pd.DataFrame | None, step: int) -> pd.DataFrame:
+    if frame is None or frame.empty:
+        return pd.DataFrame()
+    steps = frame["step"].to_numpy(dtype=int)
+    before = steps[steps <= step]
+    return frame[steps == before.max()] if before.size else frame[:0]
+
+
+_QUANTITIES = {
+    "weight_grad_norm": "the norm of the weights' gradient",
+    "output_grad_norm": "the norm of the outputs' gradient",
+}
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The tables of one step."""
+
+    weights: pd.DataFrame
+    outputs: pd.DataFrame
+    probes: pd.DataFrame
+
+    def without_gradient(self) -> pd.DataFrame:
+        """Layers, with `blocked`: whether no gradient at all comes to what they put out.
+
+        To what their weights are, where that of the outputs was not recorded.
+        """
+        for quantity in reversed(_QUANTITIES):
+            rows = self.layers(quantity)
+            if len(rows):
+                return rows.assign(blocked=rows[quantity] == 0)
+        return pd.DataFrame({"layer": [], "position": [], "blocked": []})
+
+    def passed_by(self) -> tuple[str, ...]:
+        """Layers without gradient in branches that the rest goes around: dropped, or unused.
+
+        Layers nearer the input have a gradient, and the output of the next layer that has one
+        varies: behind units that are off it would not.
+        """
+        rows = self.without_gradient()
+        blocked = rows["blocked"].to_numpy(dtype=bool)
+        if blocked.all() or not blocked.any():
+            return ()
+        spread = self.everywhere("output_spread")
+        dull = {str(name) for name, share in spread.items() if share == 0}
+        if "output_spread" in self.outputs:
+            dull |= set(rows["layer"]) - set(map(str, spread.index))
+        first, found, waiting = int(blocked.argmin()), [], []
+        for name, stopped in zip(rows["layer"][first:], blocked[first:], strict=True):
+            if stopped:
+                waiting.append(name)
+            else:
+                found += waiting * (name not in dull)
+                waiting = []
+        return tuple(found)
+
+    def layers(self, quantity: str) -> pd.DataFrame:
+        """Rows of convolutions and linear layers in which it was measured, input side first.
+
+        Of other modules with weights as well, where there are fewer than three of those.
+        """
+        frame = self.outputs if quantity in self.outputs else self.weights
+        if quantity not in frame:
+            return pd.DataFrame(columns=["layer", "kind", "position", "shape", quantity])
+        data = tables.measured(frame, quantity).astype({"kind": object, "layer": object})
+        plain = data["kind"].isin(("conv", "linear"))
+        if plain.sum() < ENDS:
+            matrix = data["shape"].astype(str).str.contains("x")
+            plain |= ~data["kind"].isin(("norm", "embedding", "block")) & matrix
+        return data[plain].sort_values("position", ignore_index=True)
+
+    def everywhere(self, quantity: str) -> pd.Series:
+        """A measured quantity by layer, over all kinds of modules."""
+        for frame in (self.weights, self.outputs):
+            if quantity in frame:
+                data = tables.measured(frame, quantity)
+                return data.set_index(data["layer"].astype(object))[quantity]
+        return pd.Series(dtype=float)
+
+    def positions(self, layers: Iterable[str]) -> NDArray[np.float64]:
+        """Of the modules of these names, counted from the input; −1 of one that is unknown."""
+        known = {
+            str(name): float(place)
+            for frame in (self.outputs, self.weights)
+            if len(frame)
+            for name, place in zip(frame["layer"], frame["position"], strict=True)
+            if not pd.isna(place)
+        }
+        return np.array([known.get(name, -1.0) for name in layers])
+
+    def held_up(self) -> tuple[str, ...]:
+        """Layers without gradient because a parameter behind them starts at zero: by design."""
+        zero = [str(name) for name, norm in self.everywhere("weight_norm").items() if norm == 0]
+        silent = self.silent()
+        if not zero or not silent:
+            return ()
+        last = self.positions(zero).max()
+        places = self.positions(silent)
+        return tuple(np.array(silent, dtype=object)[places < last])
+
+    def silent(self) -> tuple[str, ...]:
+        """Layers whose whole gradient is exactly zero."""
+        rows = self.layers("weight_grad_norm")
+        return tuple(rows.loc[rows["weight_grad_norm"] == 0, "layer"])
+
+
+Found = list[Diagnosis] | str
+"""What a check found, or why it cannot tell."""
+
+
+def _examine(record: _Record, step: int) -> Examination:
+    found: dict[str, Found] = {name: check(record) for name, check in _CHECKS.items()}
+    findings = [one for part in found.values() if not isinstance(part, str) for one in part]
+    findings.sort(key=lambda one: NAMES.index(one.name))
+    unmeasured = {name: part for name, part in found.items() if isinstance(part, str)}
+    if not findings and _GROWTH not in unmeasured:
+        findings = [_healthy(record, [name for name in found if name not in unmeasured])]
+    held = record.held_up()
+    remarks = [
+        f"{len(held)} layers have no gradient yet, as a parameter behind them starts at zero: "
+        "look again after an update"
+    ] * bool(held)
+    apart = [name for name in record.passed_by() if name not in held]
+    remarks += [
+        f"{len(apart)} layers have no gradient, in branches that the rest goes around (dropped or "
+        f"unused in this pass): {_listed(apart)}"
+    ] * bool(apart)
+    frames = {name: getattr(record, name) for name in ("weights", "outputs", "probes")}
+    return Examination(step, tuple(findings), unmeasured, tuple(remarks), frames)
+
+
+def _healthy(record: _Record, looked_at: Sequence[str]) -> Diagnosis:
+    change = _change(record, "weight_grad_norm") or _change(record, "output_grad_norm")
+    assert change is not None
+    absent = ", ".join(name for name in looked_at if name != _GROWTH)
+    sentence = (
+        f"the gradient's norm at {change.first} is {tables.short(change.ratio)} times that at "
+        f"{change.last}{_rate_words(change.rate)}; looked for and absent: {absent}"
+    )
+    return Diagnosis(HEALTHY, sentence, evidence=change.evidence)
+
+
+# --- not finite -----------------------------------------------------------------------------------
+
+
+def _non_finite(record: _Record) -> Found:
+    norms = ("output_rms", "output_grad_norm", "weight_grad_norm")
+    values = {name: record.everywhere(name) for name in norms}
+    if not any(len(series) for series in values.values()):
+        return "not recorded"
+    bad = {n: [str(x) for x in s.index[~np.isfinite(s)]] for n, s in values.items()}
+    names = dict.fromkeys(name for part in bad.values() for name in part)
+    if not names:
+        return []
+    words = {"output_rms": "outputs", "output_grad_norm": "gradients of outputs",
+             "weight_grad_norm": "gradients of weights"}  # fmt: skip
+    told = [f"{words[name]} in {len(part)} modules" for name, part in bad.items() if part]
+    layers = sorted(names, key=lambda name: record.positions([name])[0])
+    evidence = {f"{name}_non_finite": float(len(part)) for name, part in bad.items()}
+    return [Diagnosis(NON_FINITE, f"NaN or Inf: {', '.join(told)}", tuple(layers), evidence)]
+
+
+# --- vanishing and exploding ----------------------------------------------------------------------
+
+_GROWTH = "vanishing and exploding"
+
+
+@dataclass(frozen=True)
+class _Change:
+    """How a gradient norm at the input's end compares with that at the output's.
+
+    `layers` are those compared, `depth` the number of all; `bound`: zeros count as the smallest
+    norm.
+    """
+
+    ratio: float
+    depth: int
+    first: str
+    last: str
+    layers: tuple[str, ...]
+    values: NDArray[np.float64]
+    rate: tables.Rate
+    bound: bool
+
+    @property
+    def evidence(self) -> dict[str, float]:
+        rate = self.rate
+        numbers = {"first_over_last": self.ratio, "layers": float(len(self.layers))}
+        if rate.factor is not None:
+            numbers |= {"rate": rate.factor, "rate_low": rate.low, "rate_high": rate.high}
+        return numbers
+
+    @property
+    def matters(self) -> bool:
+        """Beyond CHANGE, or beyond STEADY_CHANGE at a rate that is not 1."""
+        size = abs(math.log(self.ratio))
+        if size >= math.log(CHANGE):
+            return True
+        rate = self.rate
+        if rate.factor is None or not (rate.low > 1 or rate.high < 1):
+            return False
+        explained = math.log(self.ratio) / (math.log(rate.factor) * (self.depth - 1))
+        return size >= math.log(STEADY_CHANGE) and explained >= EXPLAINED
+
+
+def _growth(record: _Record) -> Found:
+    """The weights' gradient first: it is what trains. Of a network that is homogeneous in its
+    weights it is the same in all layers whatever happens between, so that the outputs' counts,
+    too."""
+    known = False
+    for quantity, words in _QUANTITIES.items():
+        change = _change(record, quantity)
+        known |= change is not None
+        if change is not None and change.matters:
+            return [_grown(record, change, words)]
+    return [] if known else "fewer than two layers with a finite gradient that is not zero"
+
+
+def _grown(record: _Record, change: _Change, words: str) -> Diagnosis:
+    name = EXPLODING if change.ratio > 1 else VANISHING
+    typical = change.values[-ENDS:] if len(change.values) >= 2 * ENDS else change.values[-1:]
+    far = np.abs(np.log(change.values / np.median(typical))) > math.log(STEADY_CHANGE)
+    far &= (change.values > np.median(typical)) == (name == EXPLODING)
+    layers = tuple(np.array(change.layers, dtype=object)[far])
+    bound = "at most " if change.bound else ""
+    sentence = (
+        f"{words} at {change.first} is {bound}{tables.short(change.ratio)} times that "
+        f"at {change.last}{_rate_words(change.rate)}"
+    )
+    forward, numbers = _forward(record), change.evidence
+    if forward is not None:
+        numbers["output_rms_last_over_first"] = forward
+        way = "grow" if forward > 1 else "shrink"
+        if abs(math.log(forward)) >= math.log(STEADY_CHANGE):
+            sentence += f"; forward, the outputs {way} to {tables.short(forward)} of the first"
+    return Diagnosis(name, sentence, layers, numbers)
+
+
+def _rate_words(rate: tables.Rate) -> str:
+    if rate.factor is None:
+        return f" ({rate.reason})"
+    spread = f", 95 % {rate.low:.3g} to {rate.high:.3g}" if rate.low == rate.low else ""
+    return f", {rate.factor:.3g}× a layer toward the input ({rate.layers} layers{spread})"
+
+
+def _forward(record: _Record) -> float | None:
+    rows = record.layers("output_rms")
+    values = rows["output_rms"].to_numpy(dtype=float)
+    values = values[np.isfinite(values) & (values > 0)]
+    return _ratio(values[::-1]) if values.size > 1 else None
+
+
+def _change(record: _Record, quantity: str) -> _Change | None:
+    """The largest change toward the input among like layers that span half the network.
+
+    Like are layers whose names differ in numbers alone; where none such span it, all layers are
+    taken together. Zeros count as the smallest norm there is; what an initial zero holds up, or the
+    rest goes around, is left out. None where there are fewer than two layers.
+    """
+    rows = record.layers(quantity)
+    values = rows[quantity].to_numpy(dtype=float)
+    held = {*record.held_up(), *record.passed_by()}
+    rows = rows[np.isfinite(values) & ~rows["layer"].isin(held)]
+    values = rows[quantity].to_numpy(dtype=float)
+    if held:
+        rows = rows[values > 0]  # outputs before an initial zero
+    if len(rows) < 2 or not (rows[quantity] > 0).any():
+        return None
+    rate = _rate(rows, quantity)
+    found = [_ends(part, quantity, rate, rows) for part in _alike(rows)]
+    return max(found, key=lambda change: abs(math.log(change.ratio)))
+
+
+def _alike(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    roles = [re.sub(r"\d+", "#", name) for name in rows["layer"]]
+    whole = np.ptp(rows["position"].to_numpy(dtype=float))
+    parts = [
+        part
+        for _, part in rows.groupby([roles, rows["kind"].to_numpy()], sort=False)
+        if len(part) >= ENDS and np.ptp(part["position"].to_numpy(dtype=float)) >= whole / 2
+    ]
+    return parts or [rows]
+
+
+def _ends(part: pd.DataFrame, quantity: str, rate: tables.Rate, rows: pd.DataFrame) -> _Change:
+    values = part[quantity].to_numpy(dtype=float)
+    all_values = rows[quantity].to_numpy(dtype=float)
+    smallest = all_values[all_values > 0].min()
+    bound = bool((values == 0).any())
+    values = np.maximum(values, smallest)
+    layers = tuple(part["layer"])
+    return _Change(_ratio(values), len(rows), layers[0], layers[-1], layers, values, rate, bound)
+
+
+def _ratio(values: NDArray[np.float64]) -> float:
+    """First over last: medians of three, where there are six."""
+    count = ENDS if len(values) >= 2 * ENDS else 1
+    first, last = np.median(values[:count]), np.median(values[-count:])
+    with np.errstate(over="ignore"):
+        return float(np.clip(first / last, 1e-300, 1e300))
+
+
+def _rate(rows: pd.DataFrame, quantity: str) -> tables.Rate:
+    return tables.layer_rate(tables.profile(rows, quantity), quantity)
+
+
+# --- the number format ----------------------------------------------------------------------------
+
+_GRADIENTS = {"weights": "grad", "outputs": "output_grad"}
+
+
+def _underflow(record: _Record) -> Found:
+    silent, known = record.silent(), record.everywhere("weight_grad_norm")
+    if silent and (known == 0).all():  # no layer is off: the last one's bias would have a gradient
+        sentence = (
+            f"the gradient is exactly zero in all {len(silent)} layers, the last included: it is "
+            "below the smallest number of its format, or the loss is flat here"
+        )
+        return [Diagnosis(UNDERFLOW, sentence, silent, {"zero_layers": float(len(silent))})]
+    named = _underflowing(record)
+    if not named and not any(
+        f"{prefix}_subnormals" in getattr(record, table) for table, prefix in _GRADIENTS.items()
+    ):
+        return "grad_subnormals not recorded"
+    if not named:
+        return []
+    worst = max(named, key=lambda name: named[name])
+    lost = [name for name in record.silent() if name in named]
+    sentence = (
+        f"the gradient reaches the lower end of its number format in {len(named)} modules"
+        + (f", and is exactly zero in {len(lost)} of them" if lost else "")
+        + f"; of its non-zero elements at {worst} {named[worst]:.0%} are subnormal"
+    )
+    evidence = {"subnormal_share": named[worst], "zero_layers": float(len(lost))}
+    layers = sorted(named, key=lambda name: record.positions([name])[0])
+    return [Diagnosis(UNDERFLOW, sentence, tuple(layers), evidence)]
+
+
+def _underflowing(record: _Record) -> dict[str, float]:
+    """Layers whose gradient is mostly subnormal, and the zeros toward the input from there."""
+    named: dict[str, float] = {}
+    for prefix in _GRADIENTS.values():
+        subnormal, zeros = (record.everywhere(f"{prefix}_{n}") for n in ("subnormals", "zeros"))
+        share = subnormal / (1 - zeros.reindex(subnormal.index, fill_value=0.0)).clip(lower=1e-12)
+        for name, value in share.items():
+            if value >= SUBNORMAL_SHARE:
+                named[str(name)] = max(named.get(str(name), 0.0), min(float(value), 1.0))
+    small = record.layers("weight_grad_norm")
+    norms = small["weight_grad_norm"].to_numpy(dtype=float)
+    tiny = set(small["layer"][(norms > 0) & (norms < VANISHINGLY_SMALL)]) | set(named)
+    if tiny:
+        last = record.positions(tiny).max()
+        silent = record.silent()
+        lost = np.array(silent, dtype=object)[record.positions(silent) <= last]
+        named |= {str(name): 0.0 for name in lost if name not in named}
+    return named if any(named.values()) or record.silent() else {}
+
+
+# --- units ----------------------------------------------------------------------------------------
+
+
+def _dead(record: _Record) -> Found:
+    """Units of hidden layers through which no gradient comes; the last layer's are the loss's."""
+    if (record.everywhere("weight_grad_norm") == 0).all():
+        return "no layer has a gradient"
+    by_design, small = set(record.held_up()), _underflowing(record)
+    edge = record.positions(small).max() if small else -1.0
+    by_design |= set(record.passed_by())
+    rows = record.without_gradient()
+    rows = rows[rows["blocked"].to_numpy(dtype=bool)]
+    silent = [n for n in rows["layer"] if n not in by_design and n not in small]
+    rows = record.layers("dead_units")
+    unknown = "" if len(rows) else "fewer than 16 values to a unit"
+    rows = rows[(rows["position"].to_numpy(dtype=float) > edge) & ~rows["layer"].isin(by_design)]
+    rows = rows.iloc[:-1] if len(rows) > 1 else rows[:0]
+    if record.held_up():
+        rows = rows[rows["dead_units"] < 1]
+    many = rows[_beyond_chance(rows)]
+    if len(many):
+        worst = many.iloc[int(many["dead_units"].to_numpy(dtype=float).argmax())]
+        share = float(worst["dead_units"])
+        sentence = (
+            f"no gradient comes through more than half of the units of {len(many)} layers, over "
+            f"the whole batch; {share:.0%} of them at {worst['layer']}"
+        )
+        return [Diagnosis(DEAD, sentence, tuple(many["layer"]), {"dead_units": share})]
+    if silent:
+        sentence = f"no gradient at all reaches {len(silent)} layers: it is exactly zero there"
+        return [Diagnosis(DEAD, sentence, tuple(silent), {"dead_units": 1.0})]
+    return (unknown or []) if "dead_units" in record.outputs else "dead_units not recorded"
+
+
+def _beyond_chance(rows: pd.DataFrame) -> NDArray[np.bool_]:
+    """Which layers have more dead units than symmetric weights leave: each by itself, or together.
+
+    Where they have too many together, those are meant that have more than half.
+    """
+    if rows.empty:
+        return np.zeros(0, dtype=bool)
+    units = pd.to_numeric(rows["shape"].astype(str).str.split("x").str[0], errors="coerce")
+    counts = units.fillna(1).to_numpy(dtype=float).clip(min=1)
+    shares = rows["dead_units"].to_numpy(dtype=float)
+    tests = len(rows) + 1
+    bounds = DEAD_SHARE - float(ndtri(CHANCE / tests)) * np.sqrt(0.25 / np.r_[counts, counts.sum()])
+    if (shares * counts).sum() / counts.sum() > bounds[-1]:
+        return shares > DEAD_SHARE
+    return (shares > bounds[:-1]) | (shares == 1)
+
+
+def _saturated(record: _Record) -> Found:
+    if "saturated" not in record.outputs:
+        return "saturated not recorded"
+    shares = record.everywhere("saturated")
+    if shares.empty:
+        return "no tanh or sigmoid follows a layer"
+    layers = record.layers("output_rms")["layer"]
+    last = record.positions(layers.iloc[-1:]).max() if len(layers) > 1 else math.inf
+    inner = shares[record.positions(map(str, shares.index)) < last]
+    many = inner[inner > SATURATED_SHARE]
+    if many.empty:
+        return []
+    worst = str(many.idxmax())
+    sentence = (
+        f"behind {len(many)} layers the activation is flat (less than 5 % of its largest slope) at "
+        f"more than half of the values; at {many[worst]:.0%} behind {worst}"
+    )
+    return [Diagnosis(SATURATED, sentence, tuple(map(str, many.index)), {"saturated": many.max()})]
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def _collapsed(record: _Record) -> Found:
+    """From some layer to the end all outputs hardly depend on the input."""
+    if "output_spread" not in record.outputs:
+        return "output_spread not recorded"
+    norms = record.everywhere("weight_norm")
+    rows = record.layers("output_spread")
+    rows = rows[~rows["layer"].isin(norms.index[norms == 0])]
+    values = rows["output_spread"].to_numpy(dtype=float)
+    if len(rows) < 2 or not np.isfinite(values).all():
+        return "fewer than two layers with finite outputs for several inputs"
+    below = values < COLLAPSE * (values[0] if values[0] >= COLLAPSE else 1.0)
+    count = int(below[::-1].argmin()) if not below.all() else len(below)
+    if count < 2:
+        return []
+    layers = tuple(rows["layer"].iloc[-count:])
+    first, last = rows["layer"].iloc[0], rows["layer"].iloc[-1]
+    sentence = (
+        f"of the outputs' mean square only {tables.short(values[-1])} differs between inputs at "
+        f"{last}, {tables.short(values[0])} at {first}: all inputs look alike from {layers[0]} on"
+    )
+    evidence = {"output_spread": float(values[-1]), "output_spread_first": float(values[0])}
+    return [Diagnosis(COLLAPSED, sentence, layers, evidence)]
+
+
+def _shattered(record: _Record) -> Found:
+    if record.probes.empty:
+        return "no probe of the gradient at neighbouring inputs"
+    probe = record.probes["probe"].astype(object)
+    values = record.probes["value"].to_numpy(dtype=float, na_value=np.nan)
+    x = record.probes["x"].to_numpy(dtype=float, na_value=np.nan)
+    for name, where, words in (
+        ("input_gradient_cosine", x == x, "cosine of the input's gradients at inputs {:.1%} apart"),
+        ("gradient_autocorrelation", x == 1, "correlation of gradients at neighbours on a line"),
+    ):
+        chosen = (probe == name).to_numpy() & where
+        if chosen.any():
+            value = float(values[chosen].mean())
+            if not math.isfinite(value):
+                return "the input's gradient is zero, constant or not finite"
+            told = words.format(float(x[chosen][0]))
+            sentence = f"{told}: {value:.2f} on average"
+            return [Diagnosis(SHATTERED, sentence, (), {name: value})] if value < COSINE else []
+    return "no probe of the gradient at neighbouring inputs"
+
+
+_CHECKS: dict[str, Callable[[_Record], Found]] = {
+    NON_FINITE: _non_finite,
+    UNDERFLOW: _underflow,
+    _GROWTH: _growth,
+    DEAD: _dead,
+    SATURATED: _saturated,
+    COLLAPSED: _collapsed,
+    SHATTERED: _shattered,
+}

@@ -1,0 +1,487 @@
+"""Diagnoses: on networks built to have one trouble alone, on healthy ones, and from a store."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import patients
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import gradflow
+from gradflow import diagnosis, probes, tables
+from gradflow.diagnosis import diagnose_run, diagnose_tables
+from gradflow.errors import GradflowError
+from gradflow.recording import observe
+from gradflow.spec import RunSpec
+
+SEEDS = range(3)
+
+
+def examined(make, *args, seed=0):
+    torch.manual_seed(seed)
+    return gradflow.diagnose(*make(*args))
+
+
+# --- one trouble alone ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("depth", "width"), [(15, 64), (30, 32), (30, 128)])
+@pytest.mark.parametrize("name", ["vanishing", "exploding"])
+def test_a_gain_that_is_wrong_in_every_layer(name, depth, width, seed):
+    found = examined(getattr(patients, name), depth, width, seed=seed)
+    assert found.names == (name,)
+    (one,) = found.findings
+    gain = {"vanishing": 0.6, "exploding": 1.7}[name]
+    slope = math.sqrt((1 + 0.8**2) / 2)  # of a leaky unit, root mean square
+    assert one.evidence["rate"] == pytest.approx(gain * slope, rel=0.1)
+    low, high = one.evidence["rate_low"], one.evidence["rate_high"]
+    assert low <= one.evidence["rate"] <= high or math.isnan(low)
+    assert one.layers[0] == "0"
+    assert f"{one.evidence['rate']:.3g}× a layer" in one.sentence
+    assert "arXiv" in one.advice
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("depth", [44, 56])
+def test_plain_networks_with_batch_normalisation_explode(depth, seed):
+    """Yang et al. 2019: √(π/(π − 1)) a layer; their gradients may be shattered as well."""
+    found = examined(patients.exploding_bn, depth, seed=seed)
+    assert set(found.names) - {"shattered"} == {"exploding"}
+    assert found.findings[0].evidence["rate"] == pytest.approx(1.2, abs=0.05)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("depth", "width"), [(8, 64), (15, 32), (30, 128)])
+def test_dead_units(depth, width, seed):
+    found = examined(patients.dead, depth, width, seed=seed)
+    assert found.names == ("dead units",)
+    assert len(found.findings[0].layers) == depth - 1
+    assert found.findings[0].evidence["dead_units"] >= 0.75
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid])
+@pytest.mark.parametrize(("depth", "width"), [(3, 32), (4, 128), (5, 64)])
+def test_saturated(depth, width, activation, seed):
+    found = examined(patients.saturated, depth, width, activation, seed=seed)
+    assert found.names == ("saturated",)
+    assert len(found.findings[0].layers) == depth - 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("depth", "width"), [(6, 64), (15, 128)])
+def test_underflow(depth, width, dtype, seed):
+    found = examined(patients.underflow, depth, width, dtype, seed=seed)
+    assert found.names == ("underflow",)
+    assert found.findings[0].evidence["subnormal_share"] > 0.9
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("depth", "width"), [(3, 32), (10, 64), (25, 128)])
+def test_shattered(depth, width, seed):
+    found = examined(patients.shattered, depth, width, seed=seed)
+    assert found.names == ("shattered",)
+    assert abs(found.findings[0].evidence["input_gradient_cosine"]) < 0.5
+    gentle = examined(patients.shattered, depth, width, 1.0, seed=seed)
+    assert gentle.names == ("healthy",)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("depth", "width"), [(5, 64), (15, 32), (30, 128)])
+def test_collapsed_inputs(depth, width, seed):
+    found = examined(patients.collapsed, depth, width, seed=seed)
+    assert found.names == ("collapsed inputs",)
+    assert found.findings[0].layers[0] == "2"  # whose bias it is
+    assert len(found.findings[0].layers) == depth - 1
+
+
+def test_not_finite():
+    torch.manual_seed(0)
+    net, batch, loss = patients.he_mlp(8, 32)
+    with torch.no_grad():
+        net[6].weight[0, 0] = math.nan
+    found = gradflow.diagnose(net, batch, loss)
+    assert found.names[0] == "not finite"
+    assert set(found.findings[0].layers) >= {"6", "8", "14"}
+
+
+def test_a_layer_whose_units_are_all_off_silences_what_is_before_it():
+    """And what comes after it knows nothing of the input."""
+    torch.manual_seed(0)
+    net, batch, loss = patients.he_mlp(8, 32)
+    with torch.no_grad():
+        net[6].bias.fill_(-100.0)
+        net[8].bias.normal_()
+    found = gradflow.diagnose(net, batch, loss)
+    assert found.names == ("dead units", "collapsed inputs")
+    assert found.findings[0].layers == ("0", "2", "4", "6")
+    assert found.findings[0].evidence["dead_units"] == 1
+    assert found.findings[1].layers[1:] == ("8", "10", "12", "14")
+
+
+def test_a_branch_whose_units_are_all_off_is_dead_beside_its_skip():
+    torch.manual_seed(0)
+    blocks = [
+        patients.Residual(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32, bias=bias))
+        for bias in (True, False, True)
+    ]
+    with torch.no_grad():
+        blocks[1].branch[0].bias.fill_(-100.0)
+    found = gradflow.diagnose(nn.Sequential(*blocks), patients.vectors(32), patients.entropy)
+    assert found.names == ("dead units",)
+    assert found.findings[0].layers == ("1.branch.0",)
+    assert not found.remarks
+
+
+class Step(nn.Module):
+    """A function without a slope: its outputs vary, and no gradient passes."""
+
+    def forward(self, x):
+        return torch.sign(x)
+
+
+def test_a_function_without_a_slope_is_told_by_what_it_silences():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), Step(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 10))
+    found = gradflow.diagnose(net, patients.vectors(8), patients.entropy)
+    assert found.names == ("dead units",)
+    assert found.findings[0].layers == ("0",)
+
+
+def test_a_gradient_that_is_zero_everywhere_is_below_the_format_or_the_loss_is_flat():
+    torch.manual_seed(0)
+    net, batch, _ = patients.he_mlp(6, 32)
+    found = gradflow.diagnose(net, batch, lambda output, _: 1e-60 * output.square().mean())
+    assert found.names == ("underflow",)
+    assert "the loss is flat" in found.findings[0].sentence
+    assert found.unmeasured["dead units"] == "no layer has a gradient"
+
+
+# --- healthy --------------------------------------------------------------------------------------
+
+HEALTHY = [
+    "he_mlp", "orthogonal_tanh", "residual_bn", "preln_transformer", "lstm", "unet", "vgg_bn",
+    "mixer", "densenet", "selu", "vit", "autoencoder", "zero_init_residual", "rezero",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy(name, seed):
+    found = examined(getattr(patients, name), seed=seed)
+    assert found.names == ("healthy",)
+    assert math.isfinite(found.findings[0].evidence["first_over_last"])
+    assert found.findings[0].advice == ""
+    assert "vanishing and exploding" not in found.unmeasured
+
+
+@pytest.mark.parametrize(("name", "layers"), [("zero_init_residual", 10), ("rezero", 12)])
+def test_what_an_initial_zero_holds_up_is_remarked(name, layers):
+    found = examined(getattr(patients, name))
+    assert found.remarks[0].startswith(f"{layers} layers have no gradient yet")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_branches_that_were_dropped_are_not_dead(seed):
+    torch.manual_seed(seed)
+    net = gradflow.build_network("cifar", depth=56, skip="stochastic_depth", drop_rate=0.5)
+    found = gradflow.diagnose(net, patients.images(8), patients.entropy)
+    assert found.names == ("healthy",)
+    assert "the rest goes around" in found.remarks[0]
+
+
+def test_trained_networks_are_healthy():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x = torch.tensor(digits.data, dtype=torch.float32) / 16
+    y = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    for net in (patients.mlp(5, 64, patients.HE), patients.mlp(10, 64, patients.orthogonal())):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+        for _ in range(200):
+            chosen = torch.randint(len(x), (64,))
+            optimizer.zero_grad()
+            functional.cross_entropy(net(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+        found = gradflow.diagnose(net, (x[:64], y[:64]), functional.cross_entropy)
+        assert found.names == ("healthy",)
+
+
+# --- one call -------------------------------------------------------------------------------------
+
+
+def test_the_model_is_left_as_it_was():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(8, 10)
+    )
+    net[1].eval()
+    x, y = patients.vectors(8)
+    net(x).sum().backward()
+    gradients = [p.grad for p in net.parameters()]
+    copies = [g.clone() for g in gradients]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    random = torch.get_rng_state()
+    gradflow.diagnose(net, (x, y), functional.cross_entropy)
+    assert all(p.grad is g for p, g in zip(net.parameters(), gradients, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(gradients, copies, strict=True))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in net] == [True, False, True, True, True]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_the_model_is_left_as_it_was_where_the_loss_fails():
+    net = nn.Linear(8, 10)
+    with pytest.raises(ValueError, match="batch_size"):
+        gradflow.diagnose(net, (torch.randn(4, 8), torch.zeros(5).long()), patients.entropy)
+    assert not net._forward_hooks
+    assert net.weight.grad is None
+
+
+def test_batches_of_other_forms():
+    torch.manual_seed(0)
+    net, (x, _), _ = patients.he_mlp(6, 32)
+    assert gradflow.diagnose(net, x).names == ("healthy",)
+    assert gradflow.diagnose(net, x, lambda output: output.square().mean()).names == ("healthy",)
+    found = gradflow.diagnose(net, {"input": x})
+    assert found.names == ("healthy",)
+    assert "shattered" in found.unmeasured
+    tokens, (indices, labels), loss = patients.preln_transformer(2, 16)
+    found = gradflow.diagnose(tokens, [indices, labels], loss)
+    assert "shattered" in found.unmeasured
+
+
+def test_few_samples_cannot_tell_dead_units():
+    torch.manual_seed(0)
+    net, _, loss = patients.dead(8, 64)
+    found = gradflow.diagnose(net, patients.vectors(64, 8), loss)
+    assert found.unmeasured["dead units"]
+
+
+def test_a_model_without_gradients_is_an_error_of_ours():
+    with pytest.raises(GradflowError, match="no parameter"):
+        gradflow.diagnose(nn.Linear(4, 2).requires_grad_(False), torch.randn(4, 4))
+
+
+def test_it_prints_and_draws():
+    found = examined(patients.exploding_bn, 56)
+    lines = str(found).splitlines()
+    assert lines[0].startswith("diagnosis: exploding")
+    assert any(line.startswith("exploding: the norm of the weights' gradient") for line in lines)
+    assert any(line.startswith("  layers: layer1.0.conv1, ") for line in lines)
+    assert any(line.startswith("  usually helps: Add skip connections") for line in lines)
+    assert any(line.startswith("not measured: saturated") for line in lines)
+    assert "exploding" in found.plot().get_suptitle()
+
+
+def test_every_diagnosis_says_what_helps():
+    assert set(diagnosis.ADVICE) == set(diagnosis.NAMES)
+    assert all(diagnosis.ADVICE[name] for name in diagnosis.NAMES if name != "healthy")
+
+
+# --- from a store ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"norm": "none", "activation": "sigmoid", "init": "xavier"}, "vanishing"),
+        ({"norm": "none"}, "healthy"),
+    ],
+)
+def test_a_run_of_gradflows_own(tmp_path, keys, name):
+    spec = RunSpec(network="mlp", depth=30, skip="none", max_steps=0, **keys)
+    (found,) = diagnose_run(gradflow.run(spec, runs_dir=str(tmp_path)))
+    assert found.names == (name,)
+    assert found.step == 0
+    assert set(found.unmeasured) == {
+        "underflow", "dead units", "saturated", "collapsed inputs", "shattered"
+    }  # fmt: skip
+
+
+def test_a_users_run_is_told_at_its_first_and_at_its_last_step(tmp_path):
+    torch.manual_seed(0)
+    net, (x, _), _ = patients.he_mlp(12, 32)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    with gradflow.Recorder(net, save=tmp_path / "mine") as recorder:
+        for step in range(4):
+            optimizer.zero_grad()
+            net(x).mean().backward()
+            recorder.step()
+            with torch.no_grad():
+                for layer in net[2:-1:2] if step == 2 else ():
+                    layer.weight *= 0.3
+    first, last = (found for run in gradflow.load_runs(tmp_path) for found in diagnose_run(run))
+    assert (first.step, first.names) == (0, ("healthy",))
+    assert (last.step, last.names) == (3, ("vanishing",))
+    assert str(last).startswith("after 3 updates: vanishing")
+    assert first.unmeasured["dead units"] == "dead_units not recorded"
+
+
+def profile_of(norms, **columns):
+    layers = [f"layers.{i}" for i in range(len(norms))]
+    return pd.DataFrame(
+        {"step": 0, "layer": layers, "position": range(len(norms)), "kind": "linear"}
+        | {"stage": 1, "shape": "32x32", "weight_grad_norm": norms}
+        | columns
+    )
+
+
+@pytest.mark.parametrize(
+    ("factor", "depth", "name"),
+    [
+        (1.2, 20, "healthy"),  # 1.2^19 = 32
+        (1.2, 40, "exploding"),
+        (0.8, 40, "vanishing"),
+        (1.02, 100, "healthy"),  # 1.02^99 = 7
+    ],
+)
+def test_thresholds_of_growth(factor, depth, name):
+    norms = factor ** np.arange(depth, 0, -1.0)
+    assert diagnose_tables(profile_of(norms)).names == (name,)
+
+
+def test_a_change_without_a_law_counts_beyond_three_decades():
+    rng = np.random.default_rng(0)
+    noise = np.exp(rng.normal(size=20))
+
+    def found(decades):
+        steps = np.where(np.arange(20) < 10, 10.0**-decades, 1.0)
+        return diagnose_tables(profile_of(noise * steps)).findings[0]
+
+    assert found(2).name == "healthy"
+    assert found(4).name == "vanishing"
+    assert "(no exponential fits)" in found(4).sentence
+    assert "rate" not in found(4).evidence
+
+
+def test_a_law_of_some_layers_only_is_not_one_of_the_network():
+    norms = np.r_[1.5 ** np.arange(11, 0, -1.0), np.ones(90)]
+    stage = [1] * 11 + [2] * 90
+    found = diagnose_tables(profile_of(norms * np.r_[np.full(11, 2.0), np.ones(90)], stage=stage))
+    assert found.names == ("healthy",)
+
+
+def test_zeros_beside_a_gradient_at_the_end_of_float32_are_underflow():
+    norms = np.r_[np.zeros(5), 10.0 ** np.arange(-42, 0, 3.0)]
+    found = diagnose_tables(profile_of(norms))
+    assert found.names == ("underflow", "vanishing")
+    assert "at most" in found.findings[1].sentence
+
+
+def test_nothing_recorded_is_an_error_and_a_missing_step_too():
+    with pytest.raises(GradflowError, match="nothing to diagnose"):
+        diagnose_tables(pd.DataFrame())
+    with pytest.raises(GradflowError, match="step=7"):
+        diagnose_tables(profile_of(np.ones(6)), step=7)
+
+
+def test_without_a_gradient_of_layers_it_is_not_called_healthy():
+    frame = profile_of(np.ones(6)).drop(columns="weight_grad_norm").assign(weight_norm=1.0)
+    found = diagnose_tables(frame)
+    assert found.names == ()
+    assert "no diagnosis" in str(found)
+    with pytest.raises(GradflowError):
+        found.plot()
+
+
+def test_the_records_shattering_is_read_at_lag_one():
+    lags = pd.DataFrame(
+        {"step": 0, "probe": "gradient_autocorrelation", "x_name": "lag"}
+        | {"x": [1.0, 2.0], "value": [0.1, 0.9]}
+    )
+    assert diagnose_tables(profile_of(np.ones(6)), probes=lags).names == ("shattered",)
+
+
+# --- quantities -----------------------------------------------------------------------------------
+
+
+def test_spread_is_one_minus_the_mean_cosine_of_outputs_of_equal_norm():
+    torch.manual_seed(0)
+    y = functional.normalize(torch.randn(16, 5) + 2, dim=1)
+    expected = 1 - float((y @ y.T).mean())
+    assert observe.output_spread(y, 16) == pytest.approx(expected, rel=1e-5)
+    assert observe.output_spread(1e-30 * y, 16) == pytest.approx(expected, rel=1e-5)
+    assert observe.output_spread(y.expand(16, 16, 5)[0][:1].expand(16, 5), 16) == 0
+    assert observe.output_spread(torch.zeros(16, 5), 16) is None
+    assert observe.output_spread(y, 8) is None
+
+
+def test_alive_units_by_channel_and_by_feature():
+    gradient = torch.zeros(4, 3, 2, 2)
+    gradient[1, 2, 0, 1] = 1e-40
+    axis = observe.unit_axis(nn.Conv2d(3, 3, 1), gradient)
+    assert observe.alive_units(gradient, axis).tolist() == [False, False, True]
+    tokens = torch.zeros(4, 5, 3)
+    tokens[0, 0, 1] = 1.0
+    axis = observe.unit_axis(nn.LayerNorm(3), tokens)
+    assert observe.alive_units(tokens, axis).tolist() == [False, True, False]
+    assert observe.alive_units(torch.zeros(15, 3), 1) is None
+
+
+def test_subnormals():
+    values = torch.tensor([0.0, 1e-40, -1e-40, 1e-37, 1.0])
+    assert observe.subnormals(values).tolist() == [False, True, True, False, False]
+    assert observe.subnormals(torch.tensor([5e-5, 7e-5]).half()).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("function", "x", "flat"),
+    [
+        (torch.tanh, [0.0, 2.1, 2.3, -9.0], 2),
+        (nn.Tanh(), [0.0, 2.1, 2.3, -9.0], 2),
+        (functional.sigmoid, [0.0, 4.3, 4.4, -9.0], 2),
+        (functional.hardtanh, [0.0, 0.9, 1.1, -2.0], 2),
+    ],
+)
+def test_flat_activations_however_they_are_written(function, x, flat):
+    found = []
+    with observe.Slopes(lambda *numbers: found.append(numbers)):
+        function(torch.tensor(x, requires_grad=True))
+    assert found == [(flat, 4)]
+
+
+def test_relu6_does_not_saturate():
+    found = []
+    with observe.Slopes(lambda *numbers: found.append(numbers)):
+        functional.relu6(torch.randn(4))
+    assert found == []
+
+
+def test_gradients_of_neighbours():
+    torch.manual_seed(0)
+    x = torch.randn(8, 16)
+    (same,) = probes.gradient_cosine(nn.Linear(16, 4), x)
+    assert same.value == pytest.approx(1)
+    waves = nn.Sequential(patients.Waves(16, 1e5), nn.Linear(16, 4))
+    (other,) = probes.gradient_cosine(waves, x)
+    assert abs(other.value) < 0.5
+    (zero,) = probes.gradient_cosine(nn.Sequential(nn.Linear(16, 4), Step()), x)
+    assert math.isnan(zero.value)
+
+
+def test_the_interval_of_a_rate_counts_layers_that_depend_on_each_other_once():
+    rng = np.random.default_rng(0)
+    line = -0.2 * np.arange(40)
+    exact = tables.fit_rate(np.exp(line))
+    assert exact.low == pytest.approx(exact.high, rel=1e-6)
+    alone = tables.fit_rate(np.exp(line + 0.05 * rng.normal(size=40)))
+    walk = tables.fit_rate(np.exp(line + 0.05 * rng.normal(size=40).cumsum()))
+    assert alone.low < math.exp(0.2) < alone.high
+    assert walk.high - walk.low > 3 * (alone.high - alone.low)
+
+
+def test_the_interval_of_a_rate_holds_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    line, inside = -0.2 * np.arange(40), 0
+    for _ in range(400):
+        rate = tables.fit_rate(np.exp(line + 0.1 * rng.normal(size=40)))
+        inside += rate.low <= math.exp(0.2) <= rate.high
+    assert 0.92 <= inside / 400 <= 0.98
