@@ -17,7 +17,7 @@ The comparisons are of depth 56 with batch normalisation at one learning rate, a
 beside it; by name, `python -m experiments causal_skip` adds three more rates, depth 110, networks
 without normalisation, doses between the halves, a wider control, and the digits.
 
-Cost: 60 runs, 25 minutes on one core; with all that goes beyond the verdict 3 hours on one core.
+Cost: 60 runs, 20 minutes on one core; with all that goes beyond the verdict 3 hours on one core.
 """
 
 from __future__ import annotations
