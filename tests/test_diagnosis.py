@@ -17,7 +17,7 @@ from gradflow.errors import GradflowError
 from gradflow.recording import observe
 from gradflow.spec import RunSpec
 
-SEEDS = range(3)
+SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2)))
 
 
 def examined(make, *args, seed=0):

@@ -710,10 +710,10 @@ class Runs:
         return self.table("modules", **options)
 
     def meanings(self) -> dict[str, dict[str, str]]:
-        """Quantity -> its `meaning`, `unit` and `conditions`, as stamped into the files.
+        """Quantity -> its `meaning` and `unit`, as stamped into the recorded files.
 
-        Conditions are those of the first run that has the quantity: whether the loss was scaled,
-        over how many passes and ranks, before clipping, eager or compiled.
+        The conditions in a meaning (unscaled, over how many passes and ranks, before clipping,
+        eager or compiled) are those of the first run that has the quantity.
         """
         found: dict[str, dict[str, str]] = {}
         for run in self.members:
@@ -725,7 +725,7 @@ class Runs:
                             found[item.name] = {
                                 label.decode(): text.decode()
                                 for label, text in item.metadata.items()
-                                if label in (b"meaning", b"unit", b"conditions")
+                                if label in (b"meaning", b"unit")
                             }
         return found
 

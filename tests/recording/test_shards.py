@@ -119,7 +119,7 @@ def test_sharded_parameters_are_recorded_whole(tmp_path: Path, scale: float) -> 
             mine = two[name].reindex(one.index).to_numpy(float, na_value=-1.0)
             np.testing.assert_allclose(mine, theirs, rtol=1e-9, err_msg=f"{table} {name}")
     field = Run(tmp_path / "two").table("weights").schema.field("weight_grad_norm")
-    assert "reduced over 2 ranks" in field.metadata[b"conditions"].decode()
+    assert "reduced over 2 ranks" in field.metadata[b"meaning"].decode()
 
 
 def test_a_divergence_is_known_to_every_rank(tmp_path: Path) -> None:

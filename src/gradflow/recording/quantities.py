@@ -157,9 +157,9 @@ class Conditions:
     compiled: bool = False
 
     def text(self, quantity: str) -> str:
-        """Those that matter to a quantity, in words."""
+        """Those that matter to a quantity, in words; empty where none does."""
         if quantity in _LOCAL:
-            return "the same on every rank" if self.ranks > 1 else "as it is"
+            return ""
         fewest, most = self.passes
         gradient = "grad" in quantity
         words = [
@@ -177,8 +177,14 @@ def _range(fewest: int, most: int) -> str:
 
 
 def meanings(conditions: Conditions | None = None) -> dict[str, dict[str, str]]:
-    """Quantity -> meaning, unit and conditions, for the metadata of the recorded files."""
+    """Quantity -> meaning and unit, for the metadata of the recorded files.
+
+    The meaning ends with the conditions, where they are given: "…; before clipping, eager".
+    """
     notes = {q.name: {"unit": q.unit, "meaning": q.meaning} for q in QUANTITIES.values()} | STEPS
     if conditions is None:
         return notes
-    return {name: note | {"conditions": conditions.text(name)} for name, note in notes.items()}
+    return {
+        name: note | {"meaning": "; ".join(filter(None, (note["meaning"], conditions.text(name))))}
+        for name, note in notes.items()
+    }
