@@ -3,6 +3,8 @@
 import copy
 import math
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from gradflow.data import Batches, Split
 from gradflow.errors import SpecError
 from gradflow.recording import Divergence
 from gradflow.spec import RunSpec
+from gradflow.store import Run
 from gradflow.training.module import Classifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
@@ -466,3 +469,65 @@ def test_a_closure_that_runs_repeatedly_is_one_step() -> None:
     fit(Quasi(make_network()), flow)
     assert flow.recorder.table("steps")["step"].tolist() == list(range(STEPS))
     assert flow.recorder.table("modules")["calls"].tolist()[0] == 1
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+PARALLEL = """
+import os, sys
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gradflow
+
+torch.set_num_threads(1)
+devices, save = int(sys.argv[1]), sys.argv[2]
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def training_step(self, batch, index):
+        return self.network(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+rank = int(os.environ.get("LOCAL_RANK", 0))
+images = torch.randn(6, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+each = 8 // devices
+images = images[:, rank * each : (rank + 1) * each].flatten(0, 1)  # a batch's share
+flow = gradflow.GradientFlow("all", lambda step: True, save=save)
+strategy = {"strategy": "ddp", "use_distributed_sampler": False} if devices > 1 else {}
+trainer = pl.Trainer(
+    accelerator="cpu", devices=devices, max_epochs=1, logger=False, callbacks=[flow],
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **strategy,
+)
+trainer.fit(Module(), DataLoader(TensorDataset(images), batch_size=each))
+"""
+
+
+@pytest.mark.slow
+def test_a_trainer_with_ddp_records_the_whole_batch(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(PARALLEL)
+    for devices in (1, 2):
+        command = [sys.executable, str(script), str(devices), str(tmp_path / str(devices))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, two = (Run(tmp_path / name) for name in ("1", "2"))
+    for table, quantity in (
+        ("weights", "weight_grad_norm"), ("weights", "update_norm"), ("outputs", "output_rms"),
+        ("outputs", "output_grad_norm"), ("steps", "loss"), ("steps", "grad_norm"),
+    ):  # fmt: skip
+        known, found = (run.frame(table) for run in (one, two))
+        order = [name for name in ("step", "layer") if name in known]
+        known, found = (frame.sort_values(order)[quantity] for frame in (known, found))
+        assert found.to_numpy(float) == pytest.approx(known.to_numpy(float), rel=1e-10, abs=0)
+    assert len(two.frame("steps")) == 6
