@@ -51,6 +51,7 @@ class Layers:
         self.blocks: list[nn.Module] = []
         self.own: list[list[int]] = []
         self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._waits = True  # for parameters that may have no elements yet
         self._entered: dict[str, None] = {}  # in the step under way, in order
         self._calls: dict[str, _Call] = {}
         self._order: dict[str, tuple[int, int]] = {}  # layer -> its place, its stage
@@ -112,8 +113,9 @@ class Layers:
         None for one that is not there any more, or has no elements yet.
         """
         found = [parameters.get(label) for parameters, label in self._slots]
-        if any(isinstance(p, nn.UninitializedParameter) for p in found):
+        if self._waits and any(p is not None and is_lazy(p) for p in found):
             return [None if p is None or is_lazy(p) else p for p in found]
+        self._waits = False
         return found
 
     def select(self, table: str) -> list[Layer]:

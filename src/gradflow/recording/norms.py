@@ -28,6 +28,9 @@ _SHORT = 8
 """Elements a row at least; below it float64 is no slower."""
 _SAFE = 1e-12
 """A norm above this has lost nothing that matters to squares that underflowed."""
+_LIFT = 2.0**64
+"""What is below is measured again times this, which is exact: a gradient that vanishes is what one
+looks for, and float64 would cost several times as much."""
 _COPIED = 2**14
 """Elements up to which it is faster to copy tensors of one shape together than to ask for each."""
 
@@ -82,7 +85,13 @@ class Norms:
             return torch.zeros(0, dtype=torch.float64)
         parts = [_together([tensors[i] for i in at], count) for at, count in self._groups]
         found = torch.cat(parts)[self._places]
-        for place in ((found <= _SAFE) | ~found.isfinite()).nonzero().flatten().tolist():
+        is_small = (found <= _SAFE).tolist()
+        for places, count in self._groups if any(is_small) else ():
+            small = [place for place in places if is_small[place]]
+            if small and tensors[small[0]].dtype == torch.float32:
+                lifted = _together([tensors[place] for place in small], count, _LIFT)
+                found[small] = torch.where(lifted > _SAFE, lifted / _LIFT, 0.0)
+        for place in ((found <= _SAFE / _LIFT) | ~found.isfinite()).nonzero().flatten().tolist():
             found[place] = _exact(tensors[place])
         return found
 
@@ -113,16 +122,23 @@ def _quick(tensor: Tensor) -> Tensor:
     return _exact(tensor if rows is None else rows)
 
 
-def _together(tensors: list[Tensor], count: int) -> Tensor:
-    """Norms of tensors of one shape with `count` elements each, right within float32's range."""
+def _together(tensors: list[Tensor], count: int, scale: float = 1.0) -> Tensor:
+    """Norms, times `scale`, of tensors of one shape with `count` elements each.
+
+    Right where these are within float32's range.
+    """
     if tensors[0].dtype == torch.float64 or not count:
-        return torch.stack([_exact(tensor) for tensor in tensors])
+        return torch.stack([_exact(tensor) * scale for tensor in tensors])
     if len(tensors) == 1 or count > _COPIED or not tensors[0].dim():
-        return torch.stack([_quick(tensor) for tensor in tensors])
-    rows = _row_norms(_flat(torch.cat(tensors)), count)
+        return torch.stack([_quick(_times(tensor, scale)) for tensor in tensors])
+    rows = _row_norms(_flat(_times(torch.cat(tensors), scale)), count)
     if rows is None:
-        return torch.stack([_exact(tensor) for tensor in tensors])
+        return torch.stack([_exact(tensor) * scale for tensor in tensors])
     return torch.linalg.vector_norm(rows.view(len(tensors), -1), dim=1, dtype=torch.float64)
+
+
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1 else tensor * scale
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -177,6 +177,7 @@ class Recorder:
         self._undo: list[Callable[[], None]] = []
         self._hooks: dict[int, Callable[[], None]] = {}  # owner -> undo of those on its output
         self._entering: dict[int, Callable[[], None]] = {}  # the same, of those before it
+        self._attached: tuple[bool, int] | None = None  # for outputs; how many layers had a place
         self._measuring: dict[str, bool] = {}  # table -> whether the step under way measures it
         self._on_leaves: list[Any] = []  # handles of hooks on outputs that outlive a step
         self._handled: list[BaseException | None] = []  # what was handled as a pass began
@@ -233,6 +234,7 @@ class Recorder:
             undo()
         for hooks in (self._undo, self._hooks, self._entering, self._handled):
             hooks.clear()
+        self._attached = None
         self._forget()
         if kind is None or not self._sharded:  # the other ranks may not come this far
             self.flush()
@@ -243,6 +245,9 @@ class Recorder:
         """Put hooks on what the step to come measures, and on layers whose place is unknown."""
         self._measuring = {table: self._schedules[table](self.next_step) for table in self._buffers}
         measures_outputs = self._measuring.get("outputs", False)
+        if self._attached == (measures_outputs, self._layers.executed):
+            return
+        self._attached = measures_outputs, self._layers.executed
         rows = self._layers.select("outputs")
         for index, module in enumerate(self._layers.owners):
             unknown = not self._layers.is_placed(rows[index])
@@ -551,7 +556,7 @@ class Recorder:
         """Combine norms by parameter into norms by module; `present` says which were measured."""
         padded = torch.cat([values, values.new_zeros(1)])
         by_module = torch.linalg.vector_norm(padded[self._gather], dim=1)
-        measured = [any(present[i] for i in own) for own in self._layers.own]
+        measured = all(present) or [any(present[i] for i in own) for own in self._layers.own]
         self._buffers["weights"].fill(name, by_module, np.array(measured))
 
     @property
