@@ -426,6 +426,49 @@ def test_two_recorders_at_once_see_the_same() -> None:
     assert "terms" not in vars(network[1].skip)
 
 
+def test_recorders_may_end_in_the_order_in_which_they_began() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), Block(Skip(), torch.float32))
+    first, second = Recorder(network, schedule=ALWAYS), Recorder(network, schedule=ALWAYS)
+    first.__enter__()
+    second.__enter__()
+    for recorders in ((first, second), (second,)):
+        network(torch.randn(3, 4)).sum().backward()
+        for recorder in recorders:
+            recorder.step()
+        recorders[0].__exit__(None, None, None)
+    assert steps_of(first, "blocks") == [0]
+    assert steps_of(second, "blocks") == [0, 1]
+    assert "terms" not in vars(network[1].skip)
+
+
+def test_batched_backward_passes_leave_no_trace() -> None:
+    network = nn.Linear(4, 3)
+    with Recorder(network, schedule=ALWAYS) as recorder:
+        output = network(torch.randn(5, 4))
+        torch.autograd.grad(
+            output.sum(0), network.weight, torch.eye(3), is_grads_batched=True, retain_graph=True
+        )
+        output.sum().backward()
+        recorder.step()
+    found = column(recorder, "outputs", "output_grad_norm")
+    assert found == {"Linear": near(15**0.5, rel=1e-6)}
+
+
+class Outputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Any:
+        return (x * self.weight).to_sparse(), x * self.weight
+
+
+def test_sparse_outputs_are_passed_over() -> None:
+    network = Outputs()
+    recorder = record(network, lambda: network(torch.ones(2, 3))[1].sum())
+    assert column(recorder, "outputs", "output_rms") == {"Outputs": 1}
+
+
 def copies(network: nn.Module) -> Iterator[nn.Module]:
     """As for a running average of the weights, and as in a checkpoint of the whole model."""
     yield copy.deepcopy(network)

@@ -12,6 +12,7 @@ from recorded import ALWAYS, cells, column, near, norm, rms
 from torch import Tensor, nn
 
 from gradflow import Recorder, Skip
+from gradflow.errors import SpecError
 
 
 class Joined(nn.Module):
@@ -197,6 +198,81 @@ def test_a_closure_that_is_evaluated_repeatedly_is_one_update() -> None:
             value, rel=1e-4
         )
     assert len(recorder.table("outputs")) == 3 * 3  # one pass a step
+
+
+def test_what_an_optimizer_does_not_update_has_no_update() -> None:
+    """One that is known of two, and named at the step; a second update of several counts whole."""
+    model, (maker, judge) = adversaries()
+    with Recorder(model, "all", ALWAYS, maker) as recorder:
+        model["judge"](model["maker"](X)).square().mean().backward()
+        recorder.step(optimizer=maker)
+        maker.step()
+        judge.step()
+    assert column(recorder, "weights", "update_norm")["judge"] is None
+    assert column(recorder, "weights", "weight_grad_norm")["judge"] is None
+    model, (maker, judge) = adversaries()
+    before = [p.detach().clone() for p in model["maker"].parameters()]
+    with Recorder(model, "all", ALWAYS, [maker, judge]) as recorder:
+        model["judge"](model["maker"](X)).square().mean().backward()
+        recorder.step()
+        for optimizer in (maker, maker, judge):
+            optimizer.step()
+    pairs = zip(model["maker"].parameters(), before, strict=True)
+    moved = math.hypot(*(norm(after - then) for after, then in pairs))
+    assert column(recorder, "weights", "update_norm")["maker"] == near(moved, rel=1e-5)
+
+
+def test_a_closure_that_raised_does_not_hide_later_steps() -> None:
+    model = chain()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    recorder = Recorder(model, optimizer=optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        recorder.step(loss)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), recorder:
+        optimizer.step(closure)
+    with recorder:
+        for _ in range(3):
+            loss_of(model).backward()
+            recorder.step()
+    assert recorder.table("steps")["step"].tolist() == [0, 1, 2, 3]
+
+
+def test_an_evaluation_after_a_divergence_is_judged_by_itself() -> None:
+    model = chain()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    said: list[bool] = []
+    with Recorder(model, optimizer=optimizer) as recorder:
+        recorder.step(math.nan)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            said.append(recorder.step(loss if len(said) != 2 else loss * math.nan))
+            return loss
+
+        optimizer.step(closure)
+    assert said == [True, True, False, *[True] * (len(said) - 3)]
+
+
+def test_what_a_step_refuses_leaves_no_half_of_it() -> None:
+    model = chain()
+    with Recorder(model, schedule=ALWAYS) as recorder:
+        loss_of(model).backward()
+        with pytest.raises((RuntimeError, ValueError)):
+            recorder.step(torch.ones(2))
+        with pytest.raises(SpecError, match="grad_norm are the recorder's own columns"):
+            recorder.step(1.0, grad_norm=2.0)
+        recorder.step(1.0)
+    assert cells(recorder.table("weights"), "weight_norm").keys() == {
+        (0, "0"), (0, "1.inner"), (0, "2")
+    }  # fmt: skip
 
 
 # --- what is stamped ------------------------------------------------------------------------------

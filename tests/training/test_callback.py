@@ -459,6 +459,14 @@ def test_each_of_several_optimizers_has_its_steps() -> None:
     assert flow.recorder.table("steps")["lr"].tolist() == [0.1, 0.01] * STEPS
 
 
+def test_two_callbacks_may_watch_two_models() -> None:
+    module = Module()
+    flows = [GradientFlow(model=part) for part in (module.network[0], module.network[1])]
+    fit(module, *flows)
+    layers = [set(flow.recorder.table("weights")["layer"]) for flow in flows]
+    assert layers == [{"Linear"}, {"linear", "norm"}]
+
+
 class Quasi(Module):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)

@@ -28,6 +28,11 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_batched(gradient: torch.Tensor) -> bool:
+    """Whether it is of a batched backward pass (`is_grads_batched`), of several losses at once."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
 def _is_inside(name: str) -> bool:
     """Whether a function of that name of torch.utils.checkpoint is under way."""
     frame = sys._getframe(1)

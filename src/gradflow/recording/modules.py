@@ -50,11 +50,17 @@ def class_name(module: nn.Module) -> str:
 def tensors_of(output: Any) -> list[Tensor]:
     """The different floating-point tensors in a module's output, each once.
 
-    One, or those in tuples, lists, dicts and dataclasses.
+    One, or those in tuples, lists, dicts and dataclasses; none that is sparse or nested.
     """
     if isinstance(output, Tensor):  # almost always
-        return [output] if output.is_floating_point() and output.numel() else []
+        is_plain = output.layout == torch.strided and not output.is_nested
+        return [output] if is_plain and output.is_floating_point() and output.numel() else []
     return list({id(tensor): tensor for tensor in _walk(output)}.values())
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """The elements that a sparse tensor has, each once."""
+    return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
 
 
 def _walk(output: Any) -> Iterator[Tensor]:
@@ -131,9 +137,30 @@ def is_compiled(module: nn.Module) -> bool:
     return compiled or hasattr(module, "_orig_mod")
 
 
+class _Terms(Watch):
+    """A block's `terms`; several recorders may be around them, and come and go in any order."""
+
+    def __init__(self, original: Callable[..., Any]):
+        super().__init__(self._through, original)
+        self.around: list[Callable[..., Any]] = []
+
+    def _through(self, *args: Any, **kwargs: Any) -> Any:
+        terms = self._instead
+        for around in self.around:
+            terms = partial(around, terms)
+        return terms(*args, **kwargs)
+
+
 def wrap_terms(block: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
     """Let `block.terms` go through `around(original, x, branch)`; returns the undoing."""
-    original: Any = block.terms
-    nested = "terms" in vars(block)  # by another recorder
-    block.terms = Watch(partial(around, original), original)  # type: ignore[assignment]
-    return lambda: setattr(block, "terms", original) if nested else delattr(block, "terms")
+    if not isinstance(vars(block).get("terms"), _Terms):
+        block.terms = _Terms(block.terms)  # type: ignore[assignment, arg-type]
+    terms: Any = block.terms
+    terms.around.append(around)
+
+    def undo() -> None:
+        terms.around.remove(around)
+        if not terms.around and vars(block).get("terms") is terms:
+            del block.terms
+
+    return undo

@@ -39,9 +39,9 @@ from gradflow.ranks import Ranks
 from gradflow.recording import buffers
 from gradflow.recording import quantities as registry
 from gradflow.recording.buffers import Buffer
-from gradflow.recording.execution import is_repeated, is_transformed, will_be_repeated
+from gradflow.recording.execution import is_batched, is_repeated, is_transformed, will_be_repeated
 from gradflow.recording.layers import Layer, Layers, gather_index
-from gradflow.recording.modules import Watch, ignore, is_compiled, tensors_of, wrap_terms
+from gradflow.recording.modules import Watch, ignore, is_compiled, tensors_of, values_of, wrap_terms
 from gradflow.recording.norms import Norms, check_group, gather, norm
 from gradflow.recording.quantities import Conditions
 from gradflow.recording.schedules import DEFAULTS, Schedule
@@ -91,7 +91,8 @@ class Recorder:
             outputs and blocks every tenth and the first five.
         optimizer: one or several. Gives the learning rate, lets one that evaluates its closure
             repeatedly (L-BFGS) count a single step for an update, and is needed for `update_norm`,
-            which copies the parameters on the steps that measure it.
+            which copies the parameters on the steps that measure it (null for what none of them
+            updates, and where buffers were emptied before the update).
         save: a directory (`runs/NAME`) that becomes a run of the store with `origin: external`.
         meta: what describes that run, `{"depth": 56, "skip": "none", "seed": 0}`: the columns by
             which comparisons pair.
@@ -204,6 +205,8 @@ class Recorder:
         self._metrics = dict(state["metrics"])
         found = state["divergence"]
         self.divergence = None if found is None else Divergence(**found)
+        if self._undo:
+            self._attach()
 
     # --- what is watched --------------------------------------------------------------------------
 
@@ -234,6 +237,7 @@ class Recorder:
             undo()
         for hooks in (self._undo, self._hooks, self._entering, self._handled):
             hooks.clear()
+        self._before = None
         self._attached = None
         self._forget()
         if kind is None or not self._sharded:  # the other ranks may not come this far
@@ -386,7 +390,7 @@ class Recorder:
     def _on_gradient(
         self, buffer: Buffer, index: int, name: str, under_way: int, gradient: Tensor
     ) -> None:
-        if under_way == self._under_way and not self._paused:
+        if under_way == self._under_way and not (self._paused or is_batched(gradient)):
             self._add(buffer, index, name, gradient.detach())
 
     def _on_update(self, optimizer: Optimizer) -> None:
@@ -403,13 +407,14 @@ class Recorder:
                 now = local(after.detach())
                 added[place] = now - before if now.shape == before.shape else None
             values, present = self._by_parameter("updates", added)
-            if self._added is not None:  # of other optimizers, hence of other parameters
-                values = values + self._added[0]
+            if self._added is not None:  # of another optimizer
+                mine = torch.tensor(present, device=values.device)
+                values = torch.where(mine, values, self._added[0])
                 pairs = zip(present, self._added[1], strict=True)
                 present = [mine or theirs for mine, theirs in pairs]
             self._added = values, present
             self._fill_weights("update_norm", values, present)
-        if updated is None:
+        if len(self._updates.optimizers) == 1:
             self._before = None
         self.seconds += time.perf_counter() - began
 
@@ -437,18 +442,20 @@ class Recorder:
             raise RuntimeError("Recorder.step outside its `with` block: nothing is watched there")
         if self._updates.again:
             self._forget()
-            return self.divergence is None
+            return loss is None or self._device.type != "cpu" or math.isfinite(loss)
+        if {"step", "grad_norm"} & set(values):
+            raise SpecError("Recorder.step: step and grad_norm are the recorder's own columns")
         self._before = self._added = None
         if self._due():
             self.flush()
         began = time.perf_counter()
+        lr = self._updates.learning_rate(optimizer)
+        given = {"loss": loss, "lr": lr} | self._over_ranks({"loss": loss, **values})
+        kept = {name: _kept(value) for name, value in given.items() if value is not None}
         self._close_passes()
         total = self._record_weights(optimizer)
         self._end_of_step()
-        lr = self._updates.learning_rate(optimizer)
-        given = self._over_ranks({"loss": loss, **values})
-        row = {"loss": given.pop("loss", None), "lr": lr, **given, "grad_norm": total}
-        self.latest = {name: _kept(value) for name, value in row.items() if value is not None}
+        self.latest = kept if total is None else kept | {"grad_norm": _kept(total)}
         self._step_rows.append(self.latest | {"step": self.next_step})
         if self._sharded:
             self.latest.pop("grad_norm", None)  # of this rank's part alone
@@ -536,7 +543,7 @@ class Recorder:
         there = [t for t in tensors if t is not None]
         if self._sharded:
             there = [local(t) for t in there]
-        there = [t.coalesce().values() if t.is_sparse else t for t in there]
+        there = [t if t.layout == torch.strided else values_of(t) for t in there]
         shapes = [tensor.shape for tensor in there]
         known = self._norms.get(of)
         if known is None or known[:2] != (present, shapes):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,29 +12,25 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+_OPTIMIZER = inspect.getfile(Optimizer)
+
 
 class Updates:
-    """One or several optimizers, or none that is known, and a GradScaler if there is one.
-
-    Attributes:
-        again: whether the optimizer under way has been recorded before: one that evaluates its
-            closure several times makes a single update, from the first gradient on.
-    """
+    """One or several optimizers, or none that is known, and a GradScaler if there is one."""
 
     def __init__(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None):
         self.optimizers = optimizers
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.again = False
-        self._under_way = False
+        self._recorded = False  # since an optimizer began to step
 
     def watch(self, after: Callable[[Optimizer], None]) -> list[Callable[[], None]]:
         """Call `after` with the optimizer after each of its updates; returns the undoing."""
 
         def start(*_: Any) -> None:
-            self._under_way, self.again = True, False
+            self._recorded = False
 
         def end(optimizer: Optimizer, *_: Any) -> None:
-            self._under_way = self.again = False
+            self._recorded = False
             after(optimizer)
 
         undo: list[Callable[[], None]] = []
@@ -43,11 +41,20 @@ class Updates:
 
     def recorded(self) -> None:
         """Note that a gradient was recorded."""
-        self.again = self._under_way
+        self._recorded = bool(self.optimizers)
+
+    @property
+    def again(self) -> bool:
+        """Whether the update under way has been recorded before.
+
+        An optimizer that evaluates its closure several times makes a single update, from the first
+        gradient on.
+        """
+        return self._recorded and _is_stepping()
 
     def parameters(self, optimizer: Optimizer | None) -> set[int] | None:
-        """The ids of what an optimizer updates; None for all, where it is not one of several."""
-        if optimizer is None or len(self.optimizers) < 2:
+        """The ids of what an optimizer updates; None, for all, where it is not known which."""
+        if optimizer is None:
             return None
         return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
@@ -73,3 +80,14 @@ class Updates:
         states = self.scaler._per_optimizer_states
         stages = [states[id(of)]["stage"].name if id(of) in states else "READY" for of in known]
         return all(stage == "READY" for stage in stages)
+
+
+def _is_stepping() -> bool:
+    """Whether some optimizer's `step` is under way, and this is called from its closure."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "wrapper" and code.co_filename == _OPTIMIZER:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -86,6 +86,11 @@ class GradientFlow(pl.Callback):
         self._loss, self._open = 0.0, True
         self._noticed = self.recorder.divergence is not None
 
+    @property
+    def state_key(self) -> str:
+        """Tells several callbacks of one Trainer apart: by the class of the model they watch."""
+        return self._generate_state_key(model=type(self._model).__name__)
+
     def state_dict(self) -> dict[str, Any]:
         """The recorder's place, so that a Trainer that goes on from a checkpoint numbers on."""
         self.recorder.flush()
@@ -111,7 +116,8 @@ class GradientFlow(pl.Callback):
     ) -> None:
         loss, self._loss = self._loss, 0.0
         values = self._values() if self._values is not None else {}
-        finite = self.recorder.step(loss, optimizer=optimizer, **values)
+        several = len(trainer.optimizers) > 1
+        finite = self.recorder.step(loss, optimizer=optimizer if several else None, **values)
         if not finite:
             # An optimizer passes over parameters without gradient: nothing is updated.
             optimizer.zero_grad(set_to_none=True)
