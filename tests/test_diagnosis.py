@@ -195,6 +195,7 @@ def test_branches_that_were_dropped_are_not_dead(seed):
     assert "the rest goes around" in found.remarks[0]
 
 
+@pytest.mark.slow
 def test_trained_networks_are_healthy():
     from sklearn.datasets import load_digits
 

@@ -98,7 +98,7 @@ def run(world: int, save: Path, scale: float) -> list[Any]:
     return [json.loads(out) for out, _ in said]
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-30])
+@pytest.mark.parametrize("scale", [1.0, pytest.param(1e-30, marks=pytest.mark.slow)])
 def test_sharded_parameters_are_recorded_whole(tmp_path: Path, scale: float) -> None:
     """Buffers are emptied at the same steps on both ranks, after which all is one table."""
     run(1, tmp_path / "one", scale)
