@@ -41,6 +41,6 @@ def test_all_other_commands_are_understood(line):
 
 def test_every_picture_is_there():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     for picture in pictures:
         assert (Path(__file__).resolve().parents[1] / picture).is_file()
