@@ -26,6 +26,8 @@ time with a relative error of at most 2⁻²⁴: that is at most 1e-6 of the nor
 elements stand."""
 _SHORT = 8
 """Elements a row at least; below it float64 is no slower."""
+_FEW = 2**13
+"""Elements of a single tensor below which float64, which is exact, costs no more."""
 _SAFE = 1e-12
 """A norm above this has lost nothing that matters to squares that underflowed."""
 _LIFT = 2.0**64
@@ -44,7 +46,7 @@ def norm(tensor: Tensor) -> Tensor:
     kind = tensor.device.type
     if kind == "mps":
         return _scaled_norm(tensor)
-    if kind == "cpu" and tensor.dtype != torch.float64:
+    if kind == "cpu" and tensor.dtype != torch.float64 and tensor.numel() >= _FEW:
         quick = _quick(tensor)
         if _SAFE < quick.item() < math.inf:
             return quick
