@@ -49,7 +49,9 @@ def test_steps_look_at_no_value(
         loss.backward()
         assert recorder.step(loss, accuracy=loss)  # unknown until the next flush
         optimizer.step()
-    assert recorder._buffers["weights"].steps == [0, 1, 2]
+    optimizer.zero_grad()
+    recorder.step()  # without any gradient
+    assert recorder._buffers["weights"].steps == [0, 1, 2, 3]
     for value in (lambda: loss.item(), lambda: bool(loss), lambda: loss.cpu()):
         with pytest.raises((RuntimeError, NotImplementedError)):
             value()

@@ -15,12 +15,12 @@ def is_repeated() -> bool:
     runs without gradients, and its repetition is the one that builds it.
     """
     in_backward = torch._C._current_graph_task_id() != -1
-    return in_backward and _is_inside("unpack_hook")
+    return in_backward and is_inside("unpack_hook", checkpoint.__file__)
 
 
 def will_be_repeated() -> bool:
     """Whether this is the first pass of activation checkpointing with `use_reentrant=True`."""
-    return not torch.is_grad_enabled() and _is_inside("forward")
+    return not torch.is_grad_enabled() and is_inside("forward", checkpoint.__file__)
 
 
 def is_transformed() -> bool:
@@ -33,11 +33,11 @@ def is_batched(gradient: torch.Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
-def _is_inside(name: str) -> bool:
-    """Whether a function of that name of torch.utils.checkpoint is under way."""
+def is_inside(name: str, file: str) -> bool:
+    """Whether a function of that name in that file is under way."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == name and frame.f_code.co_filename == checkpoint.__file__:
+        if frame.f_code.co_name == name and frame.f_code.co_filename == file:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -46,7 +46,7 @@ from gradflow.recording.norms import Norms, check_group, gather, norm
 from gradflow.recording.quantities import Conditions
 from gradflow.recording.schedules import DEFAULTS, Schedule
 from gradflow.recording.shards import is_sharded, local, ranks_of, reduce, share
-from gradflow.recording.updates import Updates
+from gradflow.recording.updates import Updates, parameters_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,7 +163,11 @@ class Recorder:
         }
         count = sum(map(len, self._layers.own))
         self._gather = gather_index(self._layers.own, count, self._device)
-        self._sharded = any(map(is_sharded, self._layers.parameters()))
+        parameters = self._layers.parameters()
+        self._sharded = any(map(is_sharded, parameters))
+        shares = [share(parameter, self._ranks.world) for parameter in parameters]
+        widest = torch.float32 if self._device.type == "mps" else torch.float64
+        self._shares = torch.tensor(shares, dtype=widest, device=self._device)
         # By what they are of: for which parameters, in which shapes, and at which places.
         self._norms: dict[str, tuple[list[bool], list[torch.Size], Norms, Tensor]] = {}
         self._step_rows: list[dict[str, Any]] = []
@@ -174,7 +178,7 @@ class Recorder:
         self._added: tuple[Tensor, list[bool]] | None = None  # norms of updates, which there are
         self._passes = 0  # forward passes of the model in the step under way
         self._range = (0, 0)  # the fewest and the most of them in a step
-        self._unread: list[str] | None = None  # layers whose outputs cannot be read
+        self._told = False  # whether it was looked for layers whose outputs cannot be read
         self._undo: list[Callable[[], None]] = []
         self._hooks: dict[int, Callable[[], None]] = {}  # owner -> undo of those on its output
         self._entering: dict[int, Callable[[], None]] = {}  # the same, of those before it
@@ -398,11 +402,11 @@ class Recorder:
             return  # not measured at this step, or the step has left the buffer
         began = time.perf_counter()
         with torch.no_grad():
-            updated = self._updates.parameters(optimizer)
+            updated = parameters_of(optimizer)
             added: list[Tensor | None] = [None] * len(self._before)
             for place, after in enumerate(self._layers.parameters()):
                 before = self._before[place]
-                if before is None or after is None or not (updated is None or id(after) in updated):
+                if before is None or after is None or id(after) not in updated:
                     continue
                 now = local(after.detach())
                 added[place] = now - before if now.shape == before.shape else None
@@ -483,8 +487,8 @@ class Recorder:
         """The step's row of the table `weights`, if it measures one; the norm of all gradients."""
         parameters = self._layers.parameters()
         gradients = [None if parameter is None else parameter.grad for parameter in parameters]
-        updated = self._updates.parameters(optimizer)
-        if updated is not None:
+        if optimizer is not None:
+            updated = parameters_of(optimizer)
             pairs = zip(parameters, gradients, strict=True)
             gradients = [gradient if id(p) in updated else None for p, gradient in pairs]
         values, present = self._by_parameter("gradients", gradients)
@@ -506,17 +510,18 @@ class Recorder:
 
     def _say_what_is_unread(self, present: Sequence[bool]) -> None:
         """Name, once, the layers with a gradient whose outputs should be measured and are not."""
-        if self._unread is not None or not self._measuring.get("outputs") or self._was_paused:
+        if self._told or self._was_paused or not self._measuring.get("outputs"):
             return
+        self._told = True
         rows, own = self._layers.select("outputs"), self._layers.own
-        self._unread = [
+        unread = [
             row.layer
             for row, places in zip(rows, own, strict=True)
             if any(present[place] for place in places) and self._layers.nearest(row.layer) is None
         ]
-        if self._unread:
-            shown = ", ".join(self._unread[:_NAMED])
-            more = len(self._unread) - _NAMED
+        if unread:
+            shown = ", ".join(unread[:_NAMED])
+            more = len(unread) - _NAMED
             shown += f" and {more} more" if more > 0 else ""
             warnings.warn(
                 "gradflow: outputs are not recorded of layers that torch.compile runs, or that are "
@@ -541,6 +546,8 @@ class Recorder:
         """Norms of parameters' tensors, 0 for those that are not there, and which are."""
         present = [tensor is not None for tensor in tensors]
         there = [t for t in tensors if t is not None]
+        if not there:
+            return torch.zeros(len(tensors), device=self._device), present
         if self._sharded:
             there = [local(t) for t in there]
         there = [t if t.layout == torch.strided else values_of(t) for t in there]
@@ -554,10 +561,7 @@ class Recorder:
         found = known[2](there)
         if len(there) < len(tensors):
             found = found.new_zeros(len(tensors)).index_copy_(0, known[3], found)
-        if self._sharded:
-            shares = [share(p, self._ranks.world) for p in self._layers.parameters()]
-            found = found * torch.tensor(shares, dtype=found.dtype, device=found.device)
-        return found, present
+        return found * self._shares if self._sharded else found, present
 
     def _fill_weights(self, name: str, values: Tensor, present: list[bool]) -> None:
         """Combine norms by parameter into norms by module; `present` says which were measured."""

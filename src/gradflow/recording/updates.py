@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+
+from gradflow.recording.execution import is_inside
 
 _OPTIMIZER = inspect.getfile(Optimizer)
 
@@ -50,13 +51,7 @@ class Updates:
         An optimizer that evaluates its closure several times makes a single update, from the first
         gradient on.
         """
-        return self._recorded and _is_stepping()
-
-    def parameters(self, optimizer: Optimizer | None) -> set[int] | None:
-        """The ids of what an optimizer updates; None, for all, where it is not known which."""
-        if optimizer is None:
-            return None
-        return {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return self._recorded and is_inside("wrapper", _OPTIMIZER)  # which each `step` goes through
 
     def learning_rate(self, optimizer: Optimizer | None) -> Any:
         """Of the first group of this optimizer, or of the first one."""
@@ -82,12 +77,6 @@ class Updates:
         return all(stage == "READY" for stage in stages)
 
 
-def _is_stepping() -> bool:
-    """Whether some optimizer's `step` is under way, and this is called from its closure."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "wrapper" and code.co_filename == _OPTIMIZER:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+def parameters_of(optimizer: Optimizer) -> set[int]:
+    """The ids of what it updates."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
