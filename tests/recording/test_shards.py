@@ -27,7 +27,8 @@ from gradflow.recording import buffers
 
 torch.set_num_threads(1)
 buffers.FLUSH_STEPS, buffers.FLUSH_SECONDS = 3, 0.0  # ranks empty their buffers together
-rank, world, port, save, scale = *map(int, sys.argv[1:4]), sys.argv[4], float(sys.argv[5])
+rank, world, port, parts = map(int, sys.argv[1:5])
+save, scale = sys.argv[5], float(sys.argv[6])
 
 
 class Block(nn.Module):
@@ -60,7 +61,8 @@ if world > 1:
 
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh("cpu", (world // parts, parts), mesh_dim_names=("copies", "parts"))
+    mesh = mesh if parts < world else mesh["parts"]
     for module in (model.layers[1], model.layers[2], model):
         fully_shard(module, mesh=mesh)
 optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -83,12 +85,12 @@ os._exit(0)  # gloo's threads may abort a Python that is ending
 """
 
 
-def run(world: int, save: Path, scale: float) -> list[Any]:
+def run(world: int, save: Path, scale: float, parts: int = 2) -> list[Any]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", LOOP, *map(str, (rank, world, port, save, scale))],
+            [sys.executable, "-c", LOOP, *map(str, (rank, world, port, parts, save, scale))],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(world)
@@ -98,11 +100,14 @@ def run(world: int, save: Path, scale: float) -> list[Any]:
     return [json.loads(out) for out, _ in said]
 
 
-@pytest.mark.parametrize("scale", [1.0, pytest.param(1e-30, marks=pytest.mark.slow)])
-def test_sharded_parameters_are_recorded_whole(tmp_path: Path, scale: float) -> None:
-    """Buffers are emptied at the same steps on both ranks, after which all is one table."""
+@pytest.mark.parametrize(
+    ("scale", "parts"), [(1.0, 2), (1.0, 1), pytest.param(1e-30, 2, marks=pytest.mark.slow)]
+)
+def test_sharded_parameters_are_recorded_whole(tmp_path: Path, scale: float, parts: int) -> None:
+    """In two parts, or in one of which there are two copies; buffers are emptied at the same steps
+    on both ranks, after which all is one table."""
     run(1, tmp_path / "one", scale)
-    said = run(2, tmp_path / "two", scale)
+    said = run(2, tmp_path / "two", scale, parts)
     assert all("grad_norm" not in latest for latest, _ in said)
     assert [divergence for _, divergence in said] == [None, None]
     for table in ("weights", "outputs", "blocks", "steps"):
