@@ -78,6 +78,7 @@ def again(path):
 
 
 @pytest.mark.skipif(not ALONE, reason="this system lets nobody mount a file system of his own")
+@pytest.mark.slow
 def test_a_full_disk(tmp_path, whole):
     """The disk is full in the midst of training; when there is room, the same command goes on."""
     script = """
