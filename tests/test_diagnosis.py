@@ -14,7 +14,8 @@ import gradflow
 from gradflow import diagnosis, probes, tables
 from gradflow.diagnosis import diagnose_run, diagnose_tables
 from gradflow.errors import GradflowError
-from gradflow.recording import observe
+from gradflow.recording import elements
+from gradflow.recording.slopes import Slopes
 from gradflow.spec import RunSpec
 
 SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2)))
@@ -408,29 +409,29 @@ def test_spread_is_one_minus_the_mean_cosine_of_outputs_of_equal_norm():
     torch.manual_seed(0)
     y = functional.normalize(torch.randn(16, 5) + 2, dim=1)
     expected = 1 - float((y @ y.T).mean())
-    assert observe.output_spread(y, 16) == pytest.approx(expected, rel=1e-5)
-    assert observe.output_spread(1e-30 * y, 16) == pytest.approx(expected, rel=1e-5)
-    assert observe.output_spread(y.expand(16, 16, 5)[0][:1].expand(16, 5), 16) == 0
-    assert observe.output_spread(torch.zeros(16, 5), 16) is None
-    assert observe.output_spread(y, 8) is None
+    assert elements.spread(y, 16).item() == pytest.approx(expected, rel=1e-5)
+    assert elements.spread(1e-30 * y, 16).item() == pytest.approx(expected, rel=1e-5)
+    assert elements.spread(y.expand(16, 16, 5)[0][:1].expand(16, 5), 16) == 0
+    assert elements.spread(torch.zeros(16, 5), 16).isnan()
+    assert elements.spread(y, 8) is None
 
 
 def test_alive_units_by_channel_and_by_feature():
     gradient = torch.zeros(4, 3, 2, 2)
     gradient[1, 2, 0, 1] = 1e-40
-    axis = observe.unit_axis(nn.Conv2d(3, 3, 1), gradient)
-    assert observe.alive_units(gradient, axis).tolist() == [False, False, True]
+    axis = elements.unit_axis(nn.Conv2d(3, 3, 1), gradient)
+    assert elements.reached_units(gradient, axis).tolist() == [False, False, True]
     tokens = torch.zeros(4, 5, 3)
     tokens[0, 0, 1] = 1.0
-    axis = observe.unit_axis(nn.LayerNorm(3), tokens)
-    assert observe.alive_units(tokens, axis).tolist() == [False, True, False]
-    assert observe.alive_units(torch.zeros(15, 3), 1) is None
+    axis = elements.unit_axis(nn.LayerNorm(3), tokens)
+    assert elements.reached_units(tokens, axis).tolist() == [False, True, False]
+    assert elements.reached_units(torch.zeros(15, 3), 1) is None
 
 
 def test_subnormals():
     values = torch.tensor([0.0, 1e-40, -1e-40, 1e-37, 1.0])
-    assert observe.subnormals(values).tolist() == [False, True, True, False, False]
-    assert observe.subnormals(torch.tensor([5e-5, 7e-5]).half()).tolist() == [True, False]
+    assert elements.subnormals(values).item() == 2
+    assert elements.subnormals(torch.tensor([5e-5, 7e-5]).half()).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -444,14 +445,14 @@ def test_subnormals():
 )
 def test_flat_activations_however_they_are_written(function, x, flat):
     found = []
-    with observe.Slopes(lambda *numbers: found.append(numbers)):
+    with Slopes(lambda *numbers: found.append(numbers)):
         function(torch.tensor(x, requires_grad=True))
     assert found == [(flat, 4)]
 
 
 def test_relu6_does_not_saturate():
     found = []
-    with observe.Slopes(lambda *numbers: found.append(numbers)):
+    with Slopes(lambda *numbers: found.append(numbers)):
         functional.relu6(torch.randn(4))
     assert found == []
 

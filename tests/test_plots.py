@@ -186,6 +186,58 @@ def test_blocks_show_both_terms(found):
     np.testing.assert_allclose(branch[0].get_ydata(), 0.1 / np.arange(1, 10))
 
 
+def joins(skip, branch, steps=(0, 5), **columns):
+    """The table blocks of a recorder: block i behind layer 2i + 2 of `record`, counted from 1."""
+    rows = [
+        {"step": step, "layer": f"b{i}", "position": 2 * i + 1.5, "skip_grad_norm": one}
+        | {"branch_grad_norm": two, "kind": "block"}
+        for step in steps
+        for i, (one, two) in enumerate(zip(skip, branch, strict=True))
+    ]
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def test_a_record_of_blocks_has_skip_and_branch_below_its_profile():
+    blocks = joins([4.0, 2.0, 1.0], [0.5, 0.25, 0.125], steps=(0, 3))
+    figure = plots.record(record([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]), blocks)
+    first, last, below, _ = figure.axes
+    (profile,) = [line for line in lines(first) if len(line.get_xdata()) == 7]
+    assert profile.get_ydata().tolist() == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
+    skip, branch = lines(below)
+    assert skip.get_xdata().tolist() == branch.get_xdata().tolist() == [2.5, 4.5, 6.5]
+    assert skip.get_ydata().tolist() == [4.0, 2.0, 1.0]
+    assert branch.get_ydata().tolist() == [0.5, 0.25, 0.125]
+    assert skip.get_linewidth() > 3 * branch.get_linewidth()  # both show where they are equal
+    assert first.get_xlim() == below.get_xlim()
+    assert [ax.get_title() for ax in figure.axes] == [
+        "initialisation", "after 5 updates", "", "after 3 updates",
+    ]  # fmt: skip
+    assert last.get_ylim() == first.get_ylim()
+    assert texts(figure) == ["weights", "input, through the skip", "branch"]
+
+
+def test_a_skip_without_gradient_is_marked_and_one_that_carries_nothing_is_no_skip():
+    values, none = record([1.0, 2.0, 4.0], steps=(0,)), joins([0.0], [1.0], steps=(0,))
+    half = plots.record(values, none.assign(skip_rms=1.0))  # forward only
+    (mark,) = lines(half.axes[1], "v")
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([2.5], [0.03])
+    assert texts(half)[-1] == "exactly zero"
+    for blocks in (none.assign(skip_rms=0.0), none, none[:0], pd.DataFrame()):
+        (ax,) = plots.record(values, blocks).axes
+        assert texts(ax.figure) == []
+    with pytest.raises(GradflowError, match="nothing recorded to draw"):
+        plots.record(pd.DataFrame({"step": [0]}), none)
+
+
+def test_blocks_that_were_measured_less_often_than_weights_leave_a_place_empty():
+    figure = plots.record(record([1.0, 2.0, 4.0]), joins([1.0], [2.0], steps=(0,)))
+    assert [ax.axison for ax in figure.axes] == [True, True, True, False]
+    figure = plots.record(record([1.0, 2.0, 4.0], steps=(7,)), joins([1.0], [2.0]))
+    assert [ax.axison for ax in figure.axes] == [True, False, True, True]
+    titles = [ax.get_title() for ax in figure.axes if ax.axison]
+    assert titles == ["after 7 updates", "initialisation", "after 5 updates"]
+
+
 def test_many_depths_wrap_into_rows(tmp_path):
     frame = pd.concat(
         [tables.profile(record([1.0, 2.0])).assign(run_id=str(d), depth=d, arm="plain")

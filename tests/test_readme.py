@@ -5,6 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import torch
 
 from gradflow import cli, load_runs
 
@@ -19,8 +21,43 @@ def test_the_python_examples_run_in_order(tmp_path, monkeypatch):
     scope: dict[str, object] = {}
     for block in PYTHON:
         exec(compile(block, "README.md", "exec"), scope)
-    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("profile.png", "blocks.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert len(load_runs("runs")) == 4
+    picture = scope["recorder"].plot()
+    assert len(picture.axes) == 2  # of four blocks: their layers, and below them their sums
+    assert [text.get_text() for text in picture.legends[0].get_texts()][-1] == "exactly zero"
+    fit_as_written(scope)
+
+
+class Regression(pl.LightningModule):
+    """A model of a reader's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        )
+
+    def training_step(self, batch, _):
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit_as_written(scope):
+    """The line that the README leaves to the reader, with a model and data for its dots."""
+    (block,) = (block for block in PYTHON if "pl.Trainer" in block)
+    (line,) = (line.removeprefix("# ") for line in block.splitlines() if line.startswith("# "))
+    data = torch.utils.data.TensorDataset(torch.randn(16, 8))
+    scope |= {"given": (Regression(), torch.utils.data.DataLoader(data, batch_size=4))}
+    exec(line.replace("…", "*given"), scope)
+    recorder = scope["flow"].recorder
+    steps = set(recorder.table("weights")["step"])
+    assert steps == set(range(12))
+    assert [ax.get_title() for ax in recorder.plot().axes] == ["initialisation", "after 11 updates"]
+    assert len(load_runs("runs")) == 5
 
 
 @pytest.mark.parametrize(
@@ -29,7 +66,7 @@ def test_the_python_examples_run_in_order(tmp_path, monkeypatch):
 def test_three_gradients(tmp_path, monkeypatch, capsys, line, words):
     monkeypatch.chdir(tmp_path)
     assert cli.main(shlex.split(line)) == 0
-    assert words in capsys.readouterr().out
+    assert f"at initialisation: {words}: the" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line not in THREE])

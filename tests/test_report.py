@@ -15,7 +15,7 @@ import pytest
 import report_store
 from html_page import Page
 
-from gradflow import captions, cli, page, plots, report, schema, store
+from gradflow import captions, cli, diagnosis, page, plots, report, schema, store
 from gradflow.errors import GradflowError
 from gradflow.spec import RunSpec
 from gradflow.store import Run, load_runs
@@ -69,8 +69,8 @@ def test_what_users_wrote_is_escaped(whole):
 def test_the_question_comes_first(whole):
     _, text, _ = whole
     order = [text.index(f'<h2 id="{anchor}"') for anchor in (
-        "comparison", "initialisation", "later", "heatmaps", "curves", "benefit", "blocks", "runs",
-        "conditions", "problems")]  # fmt: skip
+        "comparison", "diagnosis", "initialisation", "later", "heatmaps", "curves", "benefit",
+        "blocks", "runs", "conditions", "problems")]  # fmt: skip
     assert order == sorted(order)
     assert text.index('id="figure-degradation"') < text.index('id="figure-profile-first"')
 
@@ -87,12 +87,76 @@ def test_numbers_on_the_page_equal_the_store(whole):
         ]
         assert row[-2:] == expected
         count = run.record.get("certificate", {}).get("parameter_count")
-        assert row[3] == (f"{count:,}" if count else "")
-        assert row[6] == ("1.2%" if "recorder_share" in run.record else "")
+        assert row[4] == (f"{count:,}" if count else "")
+        assert row[7] == ("1.2%" if "recorder_share" in run.record else "")
     assert ["56", "0.500±0.248, 1 of 4 diverged", "0.992±0.015", "+0.490±0.237", "3/4",
             "3 of 3"] in page.rows  # fmt: skip
     assert "residual networks is lower than that of plain ones by 0.490 ± 0.237 (3 seeds)." in text
-    assert ["56", "plain", "1.210×", "exploding", "4 of 4", "2.95e4"] in page.rows
+    assert ["56", "plain", "1.210×", "grows", "4 of 4", "2.95e4"] in page.rows
+
+
+def test_diagnoses_are_those_of_the_runs_and_no_other_word_is_used(whole):
+    """The growth of 1.21 a layer is the same at depth 20 and 56: only the latter explodes."""
+    place, _, page = whole
+    rows = {row[0]: row for row in page.rows if row}
+    told = []
+    for run in load_runs(place / "runs"):  # external ones, too
+        examined = [", ".join(one.names) for one in diagnosis.diagnose_run(run)]
+        told.append("; later ".join(dict.fromkeys(examined)))
+        assert rows[run.path.name][2] == told[-1]
+    assert sorted(told) == [
+        *["exploding"] * 3, "exploding; later not finite", *["healthy"] * 13,
+        "vanishing, dead units",
+    ]  # fmt: skip
+    (one,) = (row for row in page.rows if row[:3] == ["56", "plain", "initialisation"])
+    assert one[3:5] == ["exploding", "4 of 4"]
+    assert one[5].startswith("the norm of the weights' gradient at layer1.0.conv1 is 1.67e4 times")
+    # 1.21^25 > 100: all that are 25 layers or more before the last but one of 54
+    assert one[6] == "layer1.0.conv1, layer1.0.conv2, layer1.1.conv1, …, layer2.4.conv2 (28 in all)"
+    (own,) = (row for row in page.rows if row[:3] == ["–", "unnamed", "after 2 updates"])
+    assert own[3:5] == ["healthy", "1 of 1"]
+
+
+def test_the_evidence_of_every_run_is_a_file(whole):
+    place, text, _ = whole
+    frame = pd.read_csv(place / "report" / "tables" / "diagnoses.csv")
+    assert len(frame) == 2 * 18 - 1 + 1  # the MLP has one moment, and two diagnoses
+    one = frame[(frame["diagnosis"] == "exploding") & (frame["moment"] == "first")].iloc[0]
+    numbers = json.loads(one["evidence"])
+    assert numbers["rate"] == pytest.approx(report_store.GROWTH)
+    # Medians of three of the 54 convolutions that the blocks have: 51 layers apart.
+    assert numbers["first_over_last"] == pytest.approx(report_store.GROWTH**51)
+    advice = text[text.index('<h2 id="diagnosis"') : text.index('<h2 id="initialisation"')]
+    assert "Usually helps against exploding: Add skip connections" in advice
+    assert "What not every record here can tell: underflow, dead units, saturated" in advice
+    runs = pd.read_csv(place / "report" / "tables" / "runs.csv").set_index("run")
+    assert runs.loc["nameless", "diagnosis"] == "healthy"
+    rates = pd.read_csv(place / "report" / "tables" / "rates.csv")
+    assert set(rates["trend"].dropna()) == {"grows"}
+
+
+def test_each_table_of_a_run_is_read_once(tmp_path, monkeypatch):
+    for seed in (0, 1):
+        report_store.write_run(tmp_path, depth=8, skip="identity", seed=seed)
+    read, original = [], Run._read
+    monkeypatch.setattr(
+        Run, "_read", lambda run, name: read.append((run.path, name)) or original(run, name)
+    )
+    found = report.gather(load_runs(tmp_path))
+    assert len(found.diagnoses) == 4
+    assert len(set(found.heat["run"])) == 1
+    assert sorted(read) == sorted(set(read))
+    assert {name for _, name in read} == {
+        "modules", "weights", "outputs", "blocks", "steps", "evaluations", "probes",
+    }  # fmt: skip
+
+
+def test_what_is_not_told_is_not_diagnosed(tmp_path, monkeypatch):
+    for seed in range(3):
+        report_store.write_run(tmp_path, depth=8, skip="none", seed=seed)
+    monkeypatch.setattr(report, "TOLD_RUNS", 2)
+    monkeypatch.setattr(diagnosis, "diagnose_tables", None)
+    assert "3 runs: python -m analysis tells" in report.text_report(load_runs(tmp_path))
 
 
 def test_tables_are_files_with_the_values_of_the_store(whole):
@@ -527,7 +591,10 @@ def test_the_report_as_text_writes_nothing(tmp_path, capsys, monkeypatch):
     assert report.main(["--text"]) == 0
     text = capsys.readouterr().out
     assert "0.500±0.248, 1 of 4 diverged" in text
-    assert "56     plain     1.210×                    exploding" in text
+    assert "56     plain     1.210×                    grows" in text
+    assert "\ndepth 20, plain, initialisation: healthy (4 of 4): the gradient's norm at" in text
+    assert "\ndepth 56, plain, initialisation: exploding (4 of 4): the norm of the weights'" in text
+    assert re.search(r"^nameless +done +healthy +no partner$", text, re.MULTILINE)
     assert "cifar-20-none-s9-0000000000/run.json: unreadable" in text
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 

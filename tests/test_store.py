@@ -509,6 +509,33 @@ def test_a_table_over_all_runs(tmp_path: Path) -> None:
     assert runs.weights("no_such_quantity").empty
 
 
+def test_some_steps_of_a_table_alone(tmp_path: Path) -> None:
+    run = write(tmp_path / "mine", {})
+    assert run.steps_of("weights").tolist() == run.steps_of("steps").tolist() == [0, 1]
+    assert run.steps_of("outputs").tolist() == []
+    frame = run.with_modules("weights", [1, 7])
+    assert frame["step"].tolist() == [1] * 3
+    assert frame["position"].tolist() == [0, 1, 2]
+    assert run.with_modules("weights", []).empty
+    assert len(run.with_modules("weights")) == 6
+
+
+def test_a_run_that_is_held_reads_each_table_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, read, original = write(tmp_path / "mine", {}), [], Run._read
+    monkeypatch.setattr(Run, "_read", lambda run, name: read.append(name) or original(run, name))
+    held = run.held()
+    assert held.held() is held
+    for _ in range(2):
+        assert len(held.with_modules("weights")) == 6
+        assert held.table("outputs") is None
+    assert read == ["weights", "modules", "outputs"]
+    run.table("weights")
+    run.table("weights")
+    assert read[3:] == ["weights"] * 2
+
+
 def test_a_quantity_alone_comes_without_its_nulls(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run", {})
     values = np.ma.masked_array([1.0, math.nan, 3.0], [False, False, True])

@@ -1,4 +1,4 @@
-"""The words beside figures and tables: answers, captions, conditions, commands.
+"""The words beside figures and tables, and at a run's end: answers, captions, conditions, commands.
 
 Every sentence is made of what was recorded; none is a conclusion written beforehand.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradflow import tables
+from gradflow import diagnosis, tables
 from gradflow.errors import SpecError
 from gradflow.spec import RunSpec
 from gradflow.store import Run
@@ -96,6 +96,125 @@ def aside(profiles: pd.DataFrame) -> str:
         f" {layers} modules of the skips' path, or of one arm alone, are left out, so that the "
         "arms line up; they are in the table of profiles."
     )
+
+
+# --- diagnoses ------------------------------------------------------------------------------------
+
+_REMARKS = 2
+"""Remarks told of a group: where branches are dropped at random, each run has its own."""
+
+
+def diagnosed(diagnoses: pd.DataFrame) -> dict[str, str]:
+    """Each run's diagnoses in words: `exploding; later healthy`, or what both moments share.
+
+    Args:
+        diagnoses: `gradflow.diagnosis.diagnoses` of some runs, with `run_id`.
+    """
+    told: dict[str, str] = {}
+    if len(diagnoses):
+        for _, part in diagnoses.groupby(["run_id", "moment"], sort=True):
+            run_id, words = str(part["run_id"].iloc[0]), ", ".join(part["diagnosis"])
+            before = told.get(run_id)
+            told[run_id] = words if before in (None, words) else f"{before}; later {words}"
+    return told
+
+
+def evidence(diagnoses: pd.DataFrame) -> pd.DataFrame:
+    """The diagnoses of one group of runs in words: a row a depth, arm, moment and diagnosis.
+
+    Args:
+        diagnoses: as `diagnosed` takes them, with depth, arm and seed.
+
+    Returns:
+        depth, arm, moment (`initialisation`, `after 263 updates`), diagnosis, runs (`2 of 3`: of
+        those examined then), sentence (that of the lowest seed), layers (those it names).
+    """
+    arms = tables.ordered(diagnoses["arm"])
+    keyed = diagnoses.assign(place=diagnoses["arm"].map(arms.index))
+    rows = []
+    for _, part in keyed.groupby(["depth", "place", "moment"], sort=True, dropna=False):
+        depth, count = part["depth"].iloc[0], part["run_id"].nunique()
+        about = {"depth": "–" if pd.isna(depth) else depth, "arm": part["arm"].iloc[0]}
+        about |= {"moment": tables.when(part["step"])}
+        for name in _in_order(part["diagnosis"]):
+            found = part[part["diagnosis"] == name].sort_values("seed", key=lambda s: s.map(str))
+            layers = list(filter(None, found["layers"].iloc[0].split(", ")))
+            rows.append(
+                about
+                | {"diagnosis": name, "runs": f"{len(found)} of {count}"}
+                | {"sentence": found["sentence"].iloc[0], "layers": diagnosis.listed(layers)}
+            )
+    return pd.DataFrame(rows)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    order = (*diagnosis.NAMES, diagnosis.NOT_MEASURED)
+    return sorted(set(names), key=order.index)
+
+
+def advice(names: Iterable[str]) -> list[str]:
+    """What usually helps against each of some diagnoses, with its source."""
+    found = {name: diagnosis.ADVICE.get(name, "") for name in _in_order(names)}
+    return [f"Usually helps against {name}: {words}" for name, words in found.items() if words]
+
+
+def reservations(diagnoses: pd.DataFrame) -> list[str]:
+    """What looks like trouble and is none, and what the records cannot tell: a sentence each."""
+    remarks = list(dict.fromkeys(filter(None, diagnoses["remarks"])))
+    lines = [f"No trouble: {remark}." for remark in remarks[:_REMARKS]]
+    if len(remarks) > _REMARKS:
+        lines.append(f"{len(remarks) - _REMARKS} more remarks of this kind are in diagnoses.csv.")
+    names = dict.fromkeys(", ".join(filter(None, diagnoses["unmeasured"])).split(", "))
+    told = ", ".join(filter(None, names))
+    return [*lines, f"What not every record here can tell: {told}."] if told else lines
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def summary(run: Run) -> list[str]:
+    """A run in a few plain sentences: how it ended, what is wrong with its gradient, where it lies.
+
+    Raises:
+        StoreError: a table of the run is damaged.
+    """
+    run = run.held()
+    lines = [_ending(run), *tables.other_circumstances(run)]
+    if run.steps_of("weights").size:
+        lines += [line for examined in diagnosis.diagnose_run(run) for line in examined.lines()]
+    return [*lines, *_readings(run), f"recorded in {run.path}"]
+
+
+def _readings(run: Run) -> Iterator[str]:
+    """A line for each probe: its one reading, or how many there are and where they lie."""
+    frame = run.frame("probes")
+    if frame.empty:
+        return
+    for name, part in frame.groupby("probe", sort=False, observed=True):
+        values = part["value"].to_numpy(dtype=float)
+        known = values[np.isfinite(values)]
+        lost = f", {values.size - known.size} not finite" if known.size < values.size else ""
+        if values.size == 1:
+            yield f"{name}: {tables.short(values[0])}"
+        elif not known.size:
+            yield f"{name}: {values.size} readings, none finite"
+        else:
+            low, middle, high = map(tables.short, (known.min(), np.median(known), known.max()))
+            yield f"{name}: {values.size} readings, {low} to {high}, median {middle}{lost}"
+
+
+def _ending(run: Run) -> str:
+    steps, seconds, values = run.record.get("steps"), run.record.get("seconds"), run.metrics
+    line = tables.outcome(run)
+    if steps is not None:
+        line += f": {steps} updates" if run.status == "done" else f"; {steps} updates"
+    if seconds is not None:
+        line += f" in {seconds:.0f} s" if seconds >= 10 else f" in {seconds:.1f} s"
+    for split, words in (("train", "training"), ("test", "test")):
+        accuracy = values.get(f"{split}_accuracy")
+        if accuracy is not None:
+            line += f"; {words} accuracy {accuracy:.3f}"
+    return line
 
 
 # --- under which conditions -----------------------------------------------------------------------

@@ -173,8 +173,8 @@ def _check_target(spec: RunSpec) -> None:
 
 
 def _run(spec: RunSpec, execution: Execution) -> int:
+    from gradflow.captions import summary
     from gradflow.progress import Display, guarded
-    from gradflow.tables import summary
 
     last: dict[str, Any] = {}
     try:

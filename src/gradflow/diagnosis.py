@@ -7,11 +7,13 @@ recorded is named as not measured, never guessed.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -67,6 +69,9 @@ COSINE = 0.5
 """Cosine of the gradients at inputs a thousandth of their norm apart, which is about what a usual
 update changes: below it, most of a gradient's direction is lost over the length of its own step.
 Balduzzi et al. 2017 (arXiv 1702.08591)."""
+NOT_MEASURED, NO_GRADIENT = "not measured", "the gradient of the layers was not measured"
+NOTHING = "nothing to diagnose: no gradient of the weights was recorded"
+
 ENDS = 3
 """Layers at either end of the network whose median is compared; one each, of fewer than six."""
 
@@ -115,9 +120,14 @@ class Diagnosis:
     def advice(self) -> str:
         return ADVICE[self.name]
 
+    @property
+    def told(self) -> str:
+        """Name and sentence: one line."""
+        return f"{self.name}: {self.sentence}"
+
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.sentence}"]
-        lines += [f"  layers: {_listed(self.layers)}"] * bool(self.layers)
+        lines = [self.told]
+        lines += [f"  layers: {listed(self.layers)}"] * bool(self.layers)
         lines += [f"  usually helps: {self.advice}"] * bool(self.advice)
         return "\n".join(lines)
 
@@ -146,11 +156,21 @@ class Examination:
         """The names of the findings."""
         return tuple(finding.name for finding in self.findings)
 
+    @property
+    def when(self) -> str:
+        """`at initialisation`, `after 263 updates`; `diagnosis` of a model."""
+        if self.step is None:
+            return "diagnosis"
+        return "at initialisation" if self.step == 0 else tables.when([self.step])
+
+    def lines(self) -> list[str]:
+        """What was found, a line each, and what looks like trouble and is none."""
+        told = [finding.told for finding in self.findings] or [f"no diagnosis: {NO_GRADIENT}"]
+        return [f"{self.when}: {line}" for line in told] + list(self.remarks)
+
     def __str__(self) -> str:
-        told = ", ".join(self.names) or "no diagnosis: the gradient of the layers was not measured"
-        when = "diagnosis" if self.step is None else tables.when([self.step])
-        when = "at initialisation" if self.step == 0 else when
-        lines = [f"{when}: {told}", *map(str, self.findings), *self.remarks]
+        told = ", ".join(self.names) or f"no diagnosis: {NO_GRADIENT}"
+        lines = [f"{self.when}: {told}", *map(str, self.findings), *self.remarks]
         lines += [f"not measured: {name} ({why})" for name, why in self.unmeasured.items()]
         return "\n".join(lines)
 
@@ -166,7 +186,8 @@ class Examination:
         return plots.profile(frame, title=", ".join(self.names))
 
 
-def _listed(layers: Sequence[str], most: int = 6) -> str:
+def listed(layers: Sequence[str], most: int = 6) -> str:
+    """Names of layers, of many the first and the last and their number."""
     if len(layers) <= most:
         return ", ".join(layers)
     return f"{', '.join(layers[: most // 2])}, …, {layers[-1]} ({len(layers)} in all)"
@@ -195,7 +216,7 @@ def diagnose_tables(
         GradflowError: nothing was recorded, or not at that step.
     """
     if weights.empty:
-        raise GradflowError("nothing to diagnose: no gradient of the weights was recorded")
+        raise GradflowError(NOTHING)
     known = np.unique(weights["step"].to_numpy(dtype=int))
     at = int(known[0]) if step is None else step
     if at not in known:
@@ -213,19 +234,57 @@ def diagnose_run(run: Run) -> list[Examination]:
     Raises:
         GradflowError: no gradient of weights was recorded, or a table is damaged.
     """
-    weights, outputs = (run.with_modules(name) for name in ("weights", "outputs"))
+    run = run.held()
+    recorded, measured = run.steps_of("weights"), run.steps_of("outputs")
+    if not recorded.size:
+        raise GradflowError(NOTHING)
+    ends = sorted({int(recorded[0]), int(recorded[-1])})
+    weights = run.with_modules("weights", ends)
+    outputs = run.with_modules("outputs", [_before(measured, step) for step in ends])
     probes = run.frame("probes")
-    steps = weights["step"].to_numpy(dtype=int) if len(weights) else np.zeros(1, int)
-    ends = dict.fromkeys([int(steps.min()), int(steps.max())])
     return [diagnose_tables(weights, outputs, probes, step=step) for step in ends]
+
+
+def diagnoses(run: Run) -> pd.DataFrame:
+    """`diagnose_run` as a frame: a row a finding; no row where no gradient was recorded.
+
+    Returns:
+        moment (`first`, `last`; of one step `first` alone), step, diagnosis (one of NAMES, or
+        `not measured`), sentence, layers (names, input side first), evidence (the numbers behind
+        the sentence, as JSON), remarks, unmeasured (the diagnoses that the record cannot tell).
+
+    Raises:
+        StoreError: a table is damaged.
+    """
+    run = run.held()
+    if not run.steps_of("weights").size:
+        return pd.DataFrame()
+    found = zip(("first", "last"), diagnose_run(run), strict=False)
+    return pd.DataFrame([row for moment, one in found for row in _rows(moment, one)])
+
+
+def _rows(moment: str, examined: Examination) -> list[dict[str, Any]]:
+    about = {"moment": moment, "step": examined.step}
+    rest = {"remarks": "; ".join(examined.remarks), "unmeasured": ", ".join(examined.unmeasured)}
+    told = [
+        {"diagnosis": one.name, "sentence": one.sentence, "layers": ", ".join(one.layers)}
+        | {"evidence": json.dumps(dict(one.evidence))}
+        for one in examined.findings
+    ]
+    unknown = {"diagnosis": NOT_MEASURED, "sentence": NO_GRADIENT, "layers": "", "evidence": "{}"}
+    return [about | row | rest for row in told or [unknown]]
 
 
 def _nearest(frame: pd.DataFrame | None, step: int) -> pd.DataFrame:
     if frame is None or frame.empty:
         return pd.DataFrame()
     steps = frame["step"].to_numpy(dtype=int)
-    before = steps[steps <= step]
-    return frame[steps == before.max()] if before.size else frame[:0]
+    return frame[steps == _before(steps, step)]
+
+
+def _before(steps: NDArray[np.int64], step: int) -> int:
+    """The last of some steps that is not after `step`; −1 where there is none."""
+    return int(steps[steps <= step].max(initial=-1))
 
 
 _QUANTITIES = {
@@ -242,6 +301,11 @@ class _Record:
     outputs: pd.DataFrame
     probes: pd.DataFrame
 
+    @cached_property
+    def _asked(self) -> dict[str, pd.DataFrame]:
+        return {}
+
+    @cached_property
     def without_gradient(self) -> pd.DataFrame:
         """Layers, with `blocked`: whether no gradient at all comes to what they put out.
 
@@ -253,13 +317,14 @@ class _Record:
                 return rows.assign(blocked=rows[quantity] == 0)
         return pd.DataFrame({"layer": [], "position": [], "blocked": []})
 
+    @cached_property
     def passed_by(self) -> tuple[str, ...]:
         """Layers without gradient in branches that the rest goes around: dropped, or unused.
 
         Layers nearer the input have a gradient, and the output of the next layer that has one
         varies: behind units that are off it would not.
         """
-        rows = self.without_gradient()
+        rows = self.without_gradient
         blocked = rows["blocked"].to_numpy(dtype=bool)
         if blocked.all() or not blocked.any():
             return ()
@@ -281,6 +346,11 @@ class _Record:
 
         Of other modules with weights as well, where there are fewer than three of those.
         """
+        if quantity not in self._asked:  # by several checks
+            self._asked[quantity] = self._find_layers(quantity)
+        return self._asked[quantity]
+
+    def _find_layers(self, quantity: str) -> pd.DataFrame:
         frame = self.outputs if quantity in self.outputs else self.weights
         if quantity not in frame:
             return pd.DataFrame(columns=["layer", "kind", "position", "shape", quantity])
@@ -310,16 +380,18 @@ class _Record:
         }
         return np.array([known.get(name, -1.0) for name in layers])
 
+    @cached_property
     def held_up(self) -> tuple[str, ...]:
         """Layers without gradient because a parameter behind them starts at zero: by design."""
         zero = [str(name) for name, norm in self.everywhere("weight_norm").items() if norm == 0]
-        silent = self.silent()
+        silent = self.silent
         if not zero or not silent:
             return ()
         last = self.positions(zero).max()
         places = self.positions(silent)
         return tuple(np.array(silent, dtype=object)[places < last])
 
+    @cached_property
     def silent(self) -> tuple[str, ...]:
         """Layers whose whole gradient is exactly zero."""
         rows = self.layers("weight_grad_norm")
@@ -337,15 +409,15 @@ def _examine(record: _Record, step: int) -> Examination:
     unmeasured = {name: part for name, part in found.items() if isinstance(part, str)}
     if not findings and _GROWTH not in unmeasured:
         findings = [_healthy(record, [name for name in found if name not in unmeasured])]
-    held = record.held_up()
+    held = record.held_up
     remarks = [
         f"{len(held)} layers have no gradient yet, as a parameter behind them starts at zero: "
         "look again after an update"
     ] * bool(held)
-    apart = [name for name in record.passed_by() if name not in held]
+    apart = [name for name in record.passed_by if name not in held]
     remarks += [
         f"{len(apart)} layers have no gradient, in branches that the rest goes around (dropped or "
-        f"unused in this pass): {_listed(apart)}"
+        f"unused in this pass): {listed(apart)}"
     ] * bool(apart)
     frames = {name: getattr(record, name) for name in ("weights", "outputs", "probes")}
     return Examination(step, tuple(findings), unmeasured, tuple(remarks), frames)
@@ -419,7 +491,7 @@ class _Change:
         if size >= math.log(CHANGE):
             return True
         rate = self.rate
-        if rate.factor is None or not (rate.low > 1 or rate.high < 1):
+        if rate.factor is None or rate.trend not in (tables.GROWS, tables.SHRINKS):
             return False
         explained = math.log(self.ratio) / (math.log(rate.factor) * (self.depth - 1))
         return size >= math.log(STEADY_CHANGE) and explained >= EXPLAINED
@@ -481,7 +553,7 @@ def _change(record: _Record, quantity: str) -> _Change | None:
     """
     rows = record.layers(quantity)
     values = rows[quantity].to_numpy(dtype=float)
-    held = {*record.held_up(), *record.passed_by()}
+    held = {*record.held_up, *record.passed_by}
     rows = rows[np.isfinite(values) & ~rows["layer"].isin(held)]
     values = rows[quantity].to_numpy(dtype=float)
     if held:
@@ -532,7 +604,7 @@ _GRADIENTS = {"weights": "grad", "outputs": "output_grad"}
 
 
 def _underflow(record: _Record) -> Found:
-    silent, known = record.silent(), record.everywhere("weight_grad_norm")
+    silent, known = record.silent, record.everywhere("weight_grad_norm")
     if silent and (known == 0).all():  # no layer is off: the last one's bias would have a gradient
         sentence = (
             f"the gradient is exactly zero in all {len(silent)} layers, the last included: it is "
@@ -547,7 +619,7 @@ def _underflow(record: _Record) -> Found:
     if not named:
         return []
     worst = max(named, key=lambda name: named[name])
-    lost = [name for name in record.silent() if name in named]
+    lost = [name for name in record.silent if name in named]
     sentence = (
         f"the gradient reaches the lower end of its number format in {len(named)} modules"
         + (f", and is exactly zero in {len(lost)} of them" if lost else "")
@@ -572,10 +644,10 @@ def _underflowing(record: _Record) -> dict[str, float]:
     tiny = set(small["layer"][(norms > 0) & (norms < VANISHINGLY_SMALL)]) | set(named)
     if tiny:
         last = record.positions(tiny).max()
-        silent = record.silent()
+        silent = record.silent
         lost = np.array(silent, dtype=object)[record.positions(silent) <= last]
         named |= {str(name): 0.0 for name in lost if name not in named}
-    return named if any(named.values()) or record.silent() else {}
+    return named if any(named.values()) or record.silent else {}
 
 
 # --- units ----------------------------------------------------------------------------------------
@@ -585,17 +657,17 @@ def _dead(record: _Record) -> Found:
     """Units of hidden layers through which no gradient comes; the last layer's are the loss's."""
     if (record.everywhere("weight_grad_norm") == 0).all():
         return "no layer has a gradient"
-    by_design, small = set(record.held_up()), _underflowing(record)
+    by_design, small = set(record.held_up), _underflowing(record)
     edge = record.positions(small).max() if small else -1.0
-    by_design |= set(record.passed_by())
-    rows = record.without_gradient()
+    by_design |= set(record.passed_by)
+    rows = record.without_gradient
     rows = rows[rows["blocked"].to_numpy(dtype=bool)]
     silent = [n for n in rows["layer"] if n not in by_design and n not in small]
     rows = record.layers("dead_units")
     unknown = "" if len(rows) else "fewer than 16 values to a unit"
     rows = rows[(rows["position"].to_numpy(dtype=float) > edge) & ~rows["layer"].isin(by_design)]
     rows = rows.iloc[:-1] if len(rows) > 1 else rows[:0]
-    if record.held_up():
+    if record.held_up:
         rows = rows[rows["dead_units"] < 1]
     many = rows[_beyond_chance(rows)]
     if len(many):

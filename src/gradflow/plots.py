@@ -602,6 +602,117 @@ def blocks(frame: pd.DataFrame, *, title: str = "") -> Figure:
     return figure
 
 
+# --- one record -----------------------------------------------------------------------------------
+
+_OWN = ("0.2", "-", "o")
+_SKIP_COLOR, _BRANCH_COLOR = _TERMS["skip"][0], _TERMS["branch"][0]
+# An undosed skip and its branch receive the same gradient: each must show where both lines are one.
+_WAYS: dict[str, dict[str, Any]] = {
+    "skip_grad_norm": {"label": "input, through the skip", "color": _SKIP_COLOR,
+                       "linewidth": 4, "alpha": 0.35},
+    "branch_grad_norm": {"label": "branch", "color": _BRANCH_COLOR, "linewidth": 0.9,
+                         "linestyle": (0, (4, 1.5)), "marker": "s", "markersize": 3},
+}  # fmt: skip
+
+
+@themed
+def record(weights: pd.DataFrame, blocks: pd.DataFrame, *, title: str = "") -> Figure:
+    """One record's profile, and below it what each block's skip and branch receive of the gradient.
+
+    A column each for the first and the last step of either table. Both rows count the same layers:
+    a block stands behind the last one before its sum. Where no block has a skip that carries
+    anything, the figure is the `profile`.
+
+    Args:
+        weights: step, layer, position, kind, weight_grad_norm.
+        blocks: step, layer, position, and any of skip_grad_norm, branch_grad_norm, skip_rms.
+
+    Raises:
+        GradflowError: the weights' gradient was not recorded.
+    """
+    layers, joins = _weight_layers(weights), _joins(blocks)
+    if not (len(layers) and len(joins)):
+        return profile(weights, title=title)
+    upper, lower = _ends(layers), _ends(_behind_layers(joins, layers))
+    columns = max(len(upper), len(lower))
+    figure = Figure(figsize=(WIDTH if columns > 1 else 5.0, 5.4))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(2, columns, sharex=True, sharey="row", squeeze=False)
+    drawn = _profile_row(axes[0], upper) | _joins_row(axes[1], lower)
+    for place, (above, below) in enumerate(axes.T):
+        if place >= len(lower):
+            below.set_axis_off()
+            above.tick_params(labelbottom=True)
+        elif place < len(upper) and above.get_title() == below.get_title():
+            below.set_title("")
+    figure.supxlabel("layer, counted from the input; blocks behind their last layer", fontsize=9)
+    own = _line_handle("weights", _OWN)
+    ways = [Line2D([], [], **style) for way, style in _WAYS.items() if way in joins]
+    handles = [own, *ways, *_edge_handles(drawn)]
+    narrow = columns == 1 and len(handles) > 3
+    _legend(figure, handles, title, columns=2 if narrow else len(handles))
+    return figure
+
+
+def _weight_layers(weights: pd.DataFrame) -> pd.DataFrame:
+    """The layers of a record's profile; no row where the gradient was not recorded."""
+    if "weight_grad_norm" not in weights:
+        return weights[:0]
+    data = _completed(tables.profile(weights))
+    return data[data["family"] == tables.WEIGHT]
+
+
+def _joins(blocks: pd.DataFrame) -> pd.DataFrame:
+    """The rows of blocks that have a gradient to show; none where no skip carries anything."""
+    ways = [way for way in _WAYS if way in blocks]
+    carried = [tables.measured(blocks, c)[c] for c in ("skip_rms", "skip_grad_norm") if c in blocks]
+    if not ways or all(bool((values == 0).all()) for values in carried):
+        return blocks[:0]
+    return blocks[np.logical_or.reduce([blocks[way].notna() for way in ways])]
+
+
+def _behind_layers(joins: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
+    """Blocks with their `place` on the axis that counts layers: half a layer behind the last."""
+    positions = np.unique(layers["position"].to_numpy(dtype=float))
+    own = joins["position"].to_numpy(dtype=float, na_value=np.nan)
+    return joins.assign(place=np.searchsorted(positions, own) + 0.5).sort_values("place")
+
+
+def _ends(frame: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of a record's first and of its last step; one part where they are the same."""
+    steps = frame["step"].to_numpy(dtype=int)
+    return [frame[steps == step] for step in sorted({steps.min(), steps.max()})]
+
+
+def _profile_row(axes: NDArray[Any], parts: Sequence[pd.DataFrame]) -> set[str]:
+    drawn: set[str] = set()
+    _log_limits(axes, np.concatenate([part["weight_grad_norm"] for part in parts]))
+    for ax, part in zip(axes, parts, strict=False):
+        drawn |= _profile_panel(ax, part, "weight_grad_norm", {"": _OWN})
+        ax.set_title(tables.when(part["step"]))
+    for ax in axes[len(parts) :]:
+        ax.set_axis_off()
+    axes[0].set_ylabel("weight gradient\nL2 norm (loss / parameter)", fontsize=9)
+    return drawn
+
+
+def _joins_row(axes: NDArray[Any], parts: Sequence[pd.DataFrame]) -> set[str]:
+    ways, drawn = [way for way in _WAYS if way in parts[0]], set()
+    values = [tables.measured(part, way)[way] for part in parts for way in ways]
+    _log_limits(axes, np.concatenate(values))
+    for ax, part in zip(axes, parts, strict=False):
+        for way in ways:
+            here = tables.measured(part, way)
+            x, y = here["place"].to_numpy(), here[way].to_numpy()
+            ax.plot(x, _drawable(y), **_WAYS[way])
+            drawn |= _edge_marks(ax, x, y, _WAYS[way]["color"])
+        ax.set_title(tables.when(part["step"]))
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        ax.grid(axis="x", visible=False)
+    axes[0].set_ylabel("gradient at each block's sum\nL2 norm (loss / output)", fontsize=9)
+    return drawn
+
+
 # --- against theory -------------------------------------------------------------------------------
 
 _FLAT = 0.3

@@ -19,10 +19,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from gradflow import atlas, captions, schema, status, tables
+from gradflow import atlas, captions, diagnosis, status, tables
 from gradflow.errors import GradflowError, StoreError
 from gradflow.findings import Finding
 from gradflow.page import Page, publish
@@ -43,6 +41,7 @@ class Material:
     """The frames that figures and tables are made of.
 
     `problems` name what cannot be read; `probes` are the probe tasks, which are in no frame.
+    The overview has a column `diagnosis` (see `captions.diagnosed`).
     """
 
     members: list[Run]
@@ -52,6 +51,7 @@ class Material:
     heat: pd.DataFrame = field(default_factory=pd.DataFrame)
     curves: pd.DataFrame = field(default_factory=pd.DataFrame)
     blocks: pd.DataFrame = field(default_factory=pd.DataFrame)
+    diagnoses: pd.DataFrame = field(default_factory=pd.DataFrame)
     problems: list[str] = field(default_factory=list)
     probes: list[Run] = field(default_factory=list)
 
@@ -60,7 +60,7 @@ class Material:
         rows = self.overview["group"] == group
         parts = {
             name: frame[frame["group"] == group] if len(frame) else frame
-            for name in ("pairs", "profiles", "heat", "curves", "blocks")
+            for name in ("pairs", "profiles", "heat", "curves", "blocks", "diagnoses")
             for frame in [getattr(self, name)]
         }
         members = [run for run, here in zip(self.members, rows, strict=True) if here]
@@ -82,31 +82,45 @@ def gather(runs: Runs) -> Material:
     distinct = Runs(members)
     overview = tables.overview(distinct)
     found = Material(members, overview, tables.pairs(distinct, overview), probes=probes)
-    extras = _extra_layers(members, found.pairs)
-    readers: dict[str, Callable[[Run], pd.DataFrame]] = {
-        "profiles": lambda run: _profiles(run, extras.get(run.path.name, set())),
-        "curves": _curves,
-        "blocks": _blocks,
-        "heat": lambda run: _heat(run, extras.get(run.path.name, set())),
-    }
+    frames, damaged = _read(members, overview, _extra_layers(members, found.pairs))
+    for name, frame in frames.items():
+        setattr(found, name, frame)
+    told = overview["run_id"].map(captions.diagnosed(found.diagnoses))
+    found.overview = overview.assign(diagnosis=told.astype(object).fillna(""))
+    found.problems = list(dict.fromkeys([*problems, *damaged]))
+    return found
+
+
+def _read(
+    members: Sequence[Run], overview: pd.DataFrame, extras: Mapping[str, set[str]]
+) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """What is shown of the runs' tables, each read once, by name; and what is damaged."""
     columns = ["run_id", "run", "group", "title", "depth", "arm", "seed"]
     about: list[dict[str, Any]] = overview[columns].to_dict("records")  # type: ignore[assignment]
-    parts: dict[str, dict[int, pd.DataFrame]] = {name: {} for name in readers}
-    for name, read in readers.items():
-        shown = _one_seed_each(overview.loc[list(parts["profiles"])])
-        for index in sorted(shown) if name == "heat" else range(len(members)):
+    parts: dict[str, dict[int, pd.DataFrame]] = {name: {} for name in _READERS}
+    damaged: list[tuple[int, str]] = []
+    mapped: set[tuple[Any, ...]] = set()  # arms of which a run has its heatmap
+    for place in _by_preference(overview):
+        run = members[place].held()
+        arm = tuple(about[place][key] for key in ("group", "depth", "arm"))
+        for name, read in _READERS.items():
+            if name == "heat" and (arm in mapped or place not in parts["profiles"]):
+                continue
             try:
-                part = read(members[index])
+                part = read(run, extras.get(run.path.name, set()))
             except StoreError as error:
-                problems.append(str(error))
+                damaged.append((place, str(error)))
                 continue
             if len(part):
-                depth = pd.array([about[index]["depth"]] * len(part), "Int64")
-                parts[name][index] = part.assign(**about[index] | {"depth": depth})
-        if parts[name]:
-            setattr(found, name, pd.concat(parts[name].values(), ignore_index=True))
-    found.problems = list(dict.fromkeys(problems))
-    return found
+                depth = pd.array([about[place]["depth"]] * len(part), "Int64")
+                parts[name][place] = part.assign(**about[place] | {"depth": depth})
+        mapped |= {arm} if place in parts["profiles"] else set()
+    frames = {
+        name: pd.concat([found[place] for place in sorted(found)], ignore_index=True)
+        for name, found in parts.items()
+        if found
+    }
+    return frames, [line for _, line in sorted(damaged)]
 
 
 def _extra_layers(members: Sequence[Run], pairs: pd.DataFrame) -> dict[str, set[str]]:
@@ -169,38 +183,20 @@ def _remarks(overview: pd.DataFrame) -> Iterator[str]:
             yield f"{row['path']}: {row['match']}"
 
 
-def _one_seed_each(overview: pd.DataFrame) -> set[int]:
-    """The rows whose heatmaps are drawn: for each group, depth and arm the lowest seed done."""
+def _by_preference(overview: pd.DataFrame) -> list[int]:
+    """The rows, those first that stand for their arm where one run is shown: the lowest seed
+    done."""
     order = overview.assign(late=overview["status"] != "done").sort_values(
         ["late", "seed"],
         key=lambda column: column.map(lambda v: (v is None, str(v))),
         kind="stable",
     )
-    keys = ["group", "depth", "arm"]
-    return set(order[~order.duplicated(keys)].index)
-
-
-def _layers(run: Run, table: str, steps: Sequence[int] | None = None) -> pd.DataFrame:
-    """A table of layers at some steps, each row with its module's columns."""
-    data = run.table(table)
-    if data is None:
-        return pd.DataFrame()
-    modules = run.table("modules")
-    if modules is None:
-        raise StoreError(f"{run.path / 'modules.parquet'}: missing")
-    if steps is not None:
-        data = data.filter(pc.is_in(data["step"], value_set=pa.array(steps, pa.int32())))
-    return schema.to_pandas(schema.with_modules(data, modules))
-
-
-def _steps(run: Run, table: str) -> np.ndarray:
-    data = run.table(table)
-    return np.array([], int) if data is None else pc.unique(data["step"]).to_numpy()
+    return list(order.index)
 
 
 def _profiles(run: Run, extras: set[str]) -> pd.DataFrame:
-    steps = tables.moments(_steps(run, "weights"))
-    frame = _layers(run, "weights", steps)
+    steps = tables.moments(run.steps_of("weights"))
+    frame = run.with_modules("weights", steps)
     if QUANTITY not in frame:
         return pd.DataFrame()
     names = ["first", "middle", "last"][: len(steps)] if len(steps) != 2 else ["first", "last"]
@@ -210,22 +206,21 @@ def _profiles(run: Run, extras: set[str]) -> pd.DataFrame:
 
 
 def _heat(run: Run, extras: set[str]) -> pd.DataFrame:
-    steps = tables.spread(_steps(run, "weights"))
-    frame = _layers(run, "weights", list(steps)) if len(steps) > 1 else pd.DataFrame()
+    steps = tables.spread(run.steps_of("weights"))
+    frame = run.with_modules("weights", steps) if len(steps) > 1 else pd.DataFrame()
     return tables.profile(frame, extras=extras) if QUANTITY in frame else pd.DataFrame()
 
 
-def _blocks(run: Run) -> pd.DataFrame:
-    steps = _steps(run, "blocks")
-    ends = dict.fromkeys([steps.min(), steps.max()] if len(steps) else [])
-    frame = _layers(run, "blocks", list(ends))
-    if frame.empty:
-        return frame
-    moment = np.where(frame["step"].to_numpy(dtype=int) == steps.min(), "first", "last")
+def _blocks(run: Run, _: set[str]) -> pd.DataFrame:
+    steps = run.steps_of("blocks")
+    if not steps.size:
+        return pd.DataFrame()
+    frame = run.with_modules("blocks", steps[[0, -1]])
+    moment = np.where(frame["step"].to_numpy(dtype=int) == steps[0], "first", "last")
     return frame.assign(moment=moment)
 
 
-def _curves(run: Run) -> pd.DataFrame:
+def _curves(run: Run, _: set[str]) -> pd.DataFrame:
     steps, evaluations = run.frame("steps"), run.frame("evaluations")
     parts = []
     columns = ("measure", "split", "final")
@@ -250,6 +245,17 @@ def _curves(run: Run) -> pd.DataFrame:
     parts = [part for part in parts if len(part)]
     frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     return frame.astype({"step": int, "value": float}) if len(frame) else frame
+
+
+_READERS: dict[str, Callable[[Run, set[str]], pd.DataFrame]] = {
+    "profiles": _profiles,
+    "curves": _curves,
+    "blocks": _blocks,
+    "diagnoses": lambda run, _: diagnosis.diagnoses(run),
+    "heat": _heat,
+}
+"""What is read of a run, given the layers that other runs of its comparison lack; of the heatmaps,
+last, one run each."""
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -364,6 +370,7 @@ def _compose(page: Page, found: Material) -> None:
     shown = groups[:DRAWN_GROUPS]
     _write_tables(page, found)
     _question(page, groups, len(shown))
+    _diagnosis_section(page, groups)
     _profile_section(page, shown, "first", "initialisation", "The gradient at initialisation")
     _profile_section(page, shown, "last", "later", "Later in training")
     _heat_section(page, shown)
@@ -385,6 +392,8 @@ def _write_tables(page: Page, found: Material) -> None:
     page.csv("degradation", tables.degradation(found.overview))
     page.csv("benefit", tables.benefit(found.pairs))
     page.csv("comparison", tables.comparison(found.overview, found.pairs))
+    if len(found.diagnoses):
+        page.csv("diagnoses", found.diagnoses)
     for name in ("profiles", "curves"):
         if len(frame := getattr(found, name)):
             page.csv(name, frame, missing="NaN")  # measured: what was not, has no row
@@ -452,6 +461,26 @@ def _question(page: Page, groups: list[Material], drawn: int) -> None:
         )
 
 
+def _diagnosis_section(page: Page, groups: list[Material]) -> None:
+    parts = [group for group in groups if len(group.diagnoses)]
+    if not parts:
+        return
+    page.section("diagnosis", "What is wrong with the gradient?")
+    page.text(
+        "Each run's tables as a whole, at its first and at its last recorded step. Runs: how many "
+        "of those examined show it; the evidence is that of the lowest seed, and diagnoses.csv has "
+        "it all."
+    )
+    for group in parts:
+        _heading(page, group)
+        words = captions.evidence(group.diagnoses)
+        names = {"arm": "skip", "moment": "when", "sentence": "evidence"}
+        page.table(words.rename(columns=names), ["depth"])
+        page.items(captions.advice(words["diagnosis"]))
+        for line in captions.reservations(group.diagnoses):
+            page.text(line, note=True)
+
+
 def _profile_section(
     page: Page, groups: list[Material], moment: str, anchor: str, heading: str
 ) -> None:
@@ -510,7 +539,7 @@ def _rate_columns(words: pd.DataFrame) -> pd.DataFrame:
     if words["step"].nunique() > 1:  # where some runs ended earlier
         names["step"] = "after updates"
     names["rate"] = "a layer toward the input"
-    names |= {"verdict": "verdict", "fits": "seeds with a rate", "first_last": "first/last layer"}
+    names |= {"trend": "trend", "fits": "seeds with a rate", "first_last": "first/last layer"}
     names |= {name: name.replace("_", "-") for name in ("zeros", "non_finite") if words[name].any()}
     depth = words["depth"].astype(object).where(words["depth"].notna(), "–")
     return words.assign(depth=depth)[list(names)].rename(columns=names)
@@ -616,6 +645,7 @@ def _run_section(page: Page, found: Material) -> None:
     shown = {
         "run": frame["run"],
         "outcome": frame["outcome"],
+        "diagnosis": frame["diagnosis"],
         "certificate": frame["match"],
         "parameters": numbers("parameters", ",.0f"),
         "updates": numbers("steps", ",.0f"),
@@ -624,10 +654,11 @@ def _run_section(page: Page, found: Material) -> None:
         "train acc.": numbers("train_accuracy", ".3f"),
         "test acc.": numbers("test_accuracy", ".3f"),
     }
-    page.table(pd.DataFrame(shown), list(shown)[3:])
+    page.table(pd.DataFrame(shown), list(shown)[4:])
     page.text(
-        "Certificate of the run's pair: matched is equal initial parameters, batches and data, by "
-        "digest. Recorder: its share of the run's time. Accuracies at the end, evaluation mode.",
+        "Diagnosis of the first recorded step, and of the last where it differs. Certificate of "
+        "the run's pair: matched is equal initial parameters, batches and data, by digest. "
+        "Recorder: its share of the run's time. Accuracies at the end, evaluation mode.",
         note=True,
     )
 
@@ -676,17 +707,30 @@ def text_report(runs: Runs) -> str:
     found = gather(runs)
     parts = [*filter(None, [probes]), _comparison_text(found.overview, found.pairs)]
     for group in (found.of(number) for number in sorted(found.overview["group"].unique())):
+        parts += _diagnosis_text(group)
         for moment in ("first", "last"):
             words, when = _rate_table(group.profiles, moment)
             if len(words):
                 heading = f"gradient of the weights, {when}"
                 title = str(group.overview["title"].iloc[0])
                 parts.append("\n".join(filter(None, [title, heading, _text_table(words)])))
-    columns = {"run": "run", "outcome": "outcome", "match": "certificate"}
+    columns = {"run": "run", "outcome": "outcome", "diagnosis": "diagnosis", "match": "certificate"}
     parts.append(_text_table(_sorted(found.overview)[list(columns)].rename(columns=columns)))
     if problems := _problems(found):
         parts.append("\n".join(["passed over or unfinished:", *problems]))
     return "\n\n".join(parts)
+
+
+def _diagnosis_text(group: Material) -> Iterator[str]:
+    """A paragraph: the group's title, a line a diagnosis."""
+    if group.diagnoses.empty:
+        return
+    lines = [str(group.overview["title"].iloc[0]), "diagnosis"]
+    for row in captions.evidence(group.diagnoses).to_dict("records"):
+        depth = "" if row["depth"] == "–" else f"depth {row['depth']}"
+        who = ", ".join(filter(None, [depth, row["arm"], row["moment"]]))
+        lines.append(f"{who}: {row['diagnosis']} ({row['runs']}): {row['sentence']}")
+    yield "\n".join(filter(None, [*lines, *captions.reservations(group.diagnoses)]))
 
 
 def _print_text(places: Sequence[str]) -> None:

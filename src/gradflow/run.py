@@ -386,11 +386,16 @@ def _quantities(spec: RunSpec) -> tuple[str, ...]:
 
 def _schedules(spec: RunSpec) -> dict[str, Schedule]:
     rates = spec.record.every
-    return {
-        "weights": every(rates.weights or 0),
+    weights = every(rates.weights or 0)
+    schedules = {
+        "weights": weights,
         "outputs": every(rates.outputs or 0, first=FIRST_STEPS),
         "blocks": every(rates.blocks or 0, first=FIRST_STEPS),
     }
+    if spec.record.name == "default":  # weights move slowly: every tenth time that gradients are
+        seldom = every(10 * (rates.weights or 0), first=FIRST_STEPS)
+        schedules["weight_norm"] = lambda step: weights(step) and seldom(step)
+    return schedules
 
 
 def _digest_all(network: nn.Module) -> str:

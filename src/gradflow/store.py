@@ -27,13 +27,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Any, Self
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from gradflow import claim, schema
 from gradflow.claim import Claim
@@ -445,6 +448,15 @@ class Run:
         self.path = Path(path)
         self.record = _read_record(self.path)
         self.spec = _read_json(self.path / "spec.json")
+        self._held: dict[str, pa.Table | None] | None = None
+
+    def held(self) -> Run:
+        """The same run, each of whose tables is read once and kept: for several looks at it."""
+        if self._held is not None:
+            return self
+        held = copy(self)
+        held._held = {}
+        return held
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.status})"
@@ -477,7 +489,7 @@ class Run:
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table | None:
         """A recorded table, or None where it has no rows (yet). Raises StoreError if damaged."""
         try:
-            data = self._read(name)
+            data = self._looked_up(name)
         except (OSError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise StoreError(f"{self.path}: {name} unreadable ({reason})") from None
@@ -485,6 +497,13 @@ class Run:
         if lacking:
             raise StoreError(f"{self.path}: {name} unreadable (has no {', '.join(lacking)})")
         return data if data is None or columns is None else data.select(columns)
+
+    def _looked_up(self, name: str) -> pa.Table | None:
+        if self._held is None:
+            return self._read(name)
+        if name not in self._held:
+            self._held[name] = self._read(name)
+        return self._held[name]
 
     def _read(self, name: str) -> pa.Table | None:
         """From the parts, unless they have been merged: that may happen while they are read."""
@@ -501,13 +520,24 @@ class Run:
         data = self.table(name)
         return pd.DataFrame() if data is None else schema.to_pandas(data)
 
-    def with_modules(self, name: str) -> pd.DataFrame:
+    def steps_of(self, name: str) -> NDArray[np.int64]:
+        """The steps at which a table has rows, in ascending order."""
+        data = self.table(name)
+        return np.array([] if data is None else np.sort(pc.unique(data["step"]).to_numpy()), int)
+
+    def with_modules(self, name: str, steps: Iterable[int] | None = None) -> pd.DataFrame:
         """A table of layers, each row with its module's position, kind, stage, shape, …
+
+        Args:
+            steps: the rows of these alone; by default all.
 
         Raises:
             StoreError: the table, or modules.parquet, is damaged or missing.
         """
         data = self.table(name)
+        if data is not None and steps is not None:
+            wanted = pa.array([int(step) for step in steps], data["step"].type)
+            data = data.filter(pc.is_in(data["step"], value_set=wanted))
         return pd.DataFrame() if data is None else schema.to_pandas(self._located(name, data))
 
     def _located(self, name: str, data: pa.Table) -> pa.Table:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -592,32 +592,37 @@ def _chunks(values: NDArray[np.float64], width: int) -> list[NDArray[np.float64]
 
 MIN_LAYERS = 5
 FLAT_RATE = math.log(1.1)
-"""A gradient keeps its size if it changes by less than this (natural log) a layer …"""
+"""A rate is given of what changes by less than this (natural log) a layer, whatever its law, …"""
 FLAT_RANGE = math.log(3)
 """… and by less than this in all, …"""
 FLAT_NOISE = 0.2
 """… and strays from the fitted line by no more than this (root mean square, natural log)."""
 NOISE_FLOOR, NOISE_SHARE = 0.1, 0.05
 """An exponential's residuals: at most this share of the change over all layers, or, where the
-rate is not one that chance alone gives a healthy network, the floor."""
+rate is not one that chance alone gives a network that keeps its gradient, the floor."""
 CURVE_FLOOR, CURVE_SHARE = 0.1, 0.2
 """An exponential's bend, c in y = a + bx + cx² on x ∈ [−1, 1]: at most the floor or share × |b|."""
 MIN_RANGE = math.log(2.5)
 """An exponential's change over all layers, at least: over less, any law looks like any other."""
+GROWS, SHRINKS, FLAT = "grows", "shrinks", "flat"
+ROUNDING = 1e-10
+"""Residuals (root mean square, natural log) and slopes below this are the arithmetic's."""
 
 
 @dataclass(frozen=True)
 class Rate:
     """How a gradient norm changes a layer toward the input, over a chain of like layers.
 
-    `factor` is a ratio of norms (not squared) and None where no exponential fits; `verdict` is
-    `exploding`, `vanishing`, `healthy`, or empty; `reason` says why there is no factor.
-    `low` and `high` bound the factor: 95 %, over the chain's layers (see `fit_rate`).
-    `first_last` is the norm of the network's first layer of this kind over that of its last.
+    Whether that is trouble depends on the depth and on all other layers: `gradflow.diagnosis`
+    judges, a rate does not.
+
+    `factor` is a ratio of norms (not squared) and None where no exponential fits; `reason` says
+    why there is none. `low` and `high` bound the factor: 95 %, over the chain's layers (see
+    `fit_rate`). `first_last` is the norm of the network's first layer of this kind over that of its
+    last.
     """
 
     factor: float | None = None
-    verdict: str = ""
     reason: str = ""
     layers: int = 0
     stage: int | None = None
@@ -625,6 +630,18 @@ class Rate:
     first_last: float = math.nan
     low: float = math.nan
     high: float = math.nan
+
+    @property
+    def trend(self) -> str:
+        """`grows`, `shrinks` or `flat` toward the input: the interval is above, below or around 1.
+
+        Empty where there is no interval.
+        """
+        if self.low > 1:
+            return GROWS
+        if self.high < 1:
+            return SHRINKS
+        return FLAT if self.low <= 1 <= self.high else ""
 
 
 def fit_rate(norms: ArrayLike) -> Rate:
@@ -653,22 +670,20 @@ def fit_rate(norms: ArrayLike) -> Rate:
     factor = float(np.exp(slope))
     half = _slope_half(y - np.polyval(line, x)) * 2 / (n - 1)
     low, high = float(np.exp(slope - half)), float(np.exp(slope + half))
-    if abs(slope) <= FLAT_RATE and span <= FLAT_RANGE and noise <= FLAT_NOISE:
-        return Rate(factor, "healthy", layers=n, low=low, high=high)
+    level = abs(slope) <= FLAT_RATE and span <= FLAT_RANGE and noise <= FLAT_NOISE
     floor = NOISE_FLOOR if abs(slope) > FLAT_RATE else 0.0
     straight = noise <= max(floor, NOISE_SHARE * span)
     straight &= bend <= max(CURVE_FLOOR, CURVE_SHARE * abs(line[0]))
-    if straight and span >= MIN_RANGE:
-        verdict = "exploding" if slope > 0 else "vanishing"
-        return Rate(factor, verdict, layers=n, low=low, high=high)
+    if level or (straight and span >= MIN_RANGE):
+        return Rate(factor, layers=n, low=low, high=high)
     return Rate(reason="no exponential fits", layers=n)
 
 
 def _slope_half(residuals: NDArray[np.float64]) -> float:
     """Half the 95 % interval of a slope over x ∈ [−1, 1], from the residuals of the fit."""
     n, squares = residuals.size, float((residuals**2).sum())
-    if squares <= 1e-20 * n:  # rounding
-        return 0.0
+    if squares <= ROUNDING**2 * n:
+        return ROUNDING
     next_to = max(0.0, float(residuals[1:] @ residuals[:-1]) / squares)
     independent = n * (1 - next_to) / (1 + next_to)
     if independent < 3:
@@ -720,7 +735,8 @@ def rates(frame: pd.DataFrame) -> pd.DataFrame:
         rate, values = layer_rate(part), part["weight_grad_norm"].to_numpy()
         rows.append(
             {"run_id": run_id, "step": step, **part[carried].iloc[0].to_dict()}
-            | {"factor": rate.factor, "verdict": rate.verdict, "reason": rate.reason}
+            | {"factor": rate.factor, "low": rate.low, "high": rate.high}
+            | {"trend": rate.trend, "reason": rate.reason}
             | {"kind": rate.kind, "stage": rate.stage, "layers": rate.layers}
             | {"first_last": rate.first_last, "zeros": int((values == 0).sum())}
             | {"non_finite": int((~np.isfinite(values)).sum()), "text": sentence(rate)}
@@ -746,14 +762,8 @@ def sentence(rate: Rate) -> str:
     stage = "the first stage's" if rate.stage == 1 else f"stage {rate.stage}'s"
     owner = "the hidden layers'" if rate.kind == "linear" else stage
     who = f"the gradient of {owner} weights"
-    if rate.verdict == "exploding":
-        return f"{who} grows {rate.factor:.2f}× a layer toward the input: exploding"
-    if rate.verdict == "vanishing":
-        assert rate.factor is not None
-        shown = f"{rate.factor:.2f}" if rate.factor >= 0.01 else short(rate.factor)
-        return f"{who} shrinks to {shown}× a layer toward the input: vanishing"
-    if rate.verdict == "healthy":
-        return f"{who} keeps its size ({rate.factor:.2f}× a layer): healthy"
+    if rate.factor is not None:
+        return f"{who} {_trend_words(rate.trend, _factor_words(rate.factor))}"
     if rate.reason == "no exponential fits":
         return f"no exponential fits: first/last = {short(rate.first_last)}"
     if rate.reason.startswith(("not finite", "exactly zero")):
@@ -762,59 +772,18 @@ def sentence(rate: Rate) -> str:
     return f"no rate ({rate.reason}){ends}"
 
 
-def summary(run: Run) -> list[str]:
-    """A run in a few plain sentences: how it ended, what its gradient did, where it lies.
-
-    Raises:
-        StoreError: a table of the run is damaged.
-    """
-    lines = [_ending(run), *other_circumstances(run)]
-    frame = run.with_modules("weights")
-    if "weight_grad_norm" in frame:
-        data = profile(frame)
-        steps = data["step"].unique()
-        for step in dict.fromkeys([steps.min(), steps.max()] if len(steps) else []):
-            here = data[(data["step"] == step) & (data["family"] == WEIGHT)]
-            when = "at initialisation" if step == 0 else f"after {step} updates"
-            rate = layer_rate(here)
-            line = f"{when} {sentence(rate)}"
-            if rate.factor is not None:
-                line += f"; first/last {rate.kind} = {short(rate.first_last)}"
-            broken = _broken(here["weight_grad_norm"].to_numpy())
-            lines.append(line + (f"; {broken}" if broken and broken not in line else ""))
-    return [*lines, *_readings(run), f"recorded in {run.path}"]
+def _trend_words(trend: str, factor: str) -> str:
+    return {
+        GROWS: f"grows {factor} a layer toward the input",
+        SHRINKS: f"shrinks to {factor} a layer toward the input",
+        FLAT: f"keeps its size ({factor} a layer)",
+    }.get(trend, f"changes {factor} a layer toward the input, with too few layers for an interval")
 
 
-def _readings(run: Run) -> Iterator[str]:
-    """A line for each probe: its one reading, or how many there are and where they lie."""
-    frame = run.frame("probes")
-    if frame.empty:
-        return
-    for name, part in frame.groupby("probe", sort=False, observed=True):
-        values = part["value"].to_numpy(dtype=float)
-        known = values[np.isfinite(values)]
-        lost = f", {values.size - known.size} not finite" if known.size < values.size else ""
-        if values.size == 1:
-            yield f"{name}: {short(values[0])}"
-        elif not known.size:
-            yield f"{name}: {values.size} readings, none finite"
-        else:
-            low, middle, high = map(short, (known.min(), np.median(known), known.max()))
-            yield f"{name}: {values.size} readings, {low} to {high}, median {middle}{lost}"
-
-
-def _ending(run: Run) -> str:
-    steps, seconds, values = run.record.get("steps"), run.record.get("seconds"), run.metrics
-    line = outcome(run)
-    if steps is not None:
-        line += f": {steps} updates" if run.status == "done" else f"; {steps} updates"
-    if seconds is not None:
-        line += f" in {seconds:.0f} s" if seconds >= 10 else f" in {seconds:.1f} s"
-    for split, words in (("train", "training"), ("test", "test")):
-        accuracy = values.get(f"{split}_accuracy")
-        if accuracy is not None:
-            line += f"; {words} accuracy {accuracy:.3f}"
-    return line
+def _factor_words(factor: float) -> str:
+    """`1.21×`, `0.0012×`, and of what hardly changes as many digits as tell it from 1."""
+    shown = f"{factor:.2f}" if factor >= 0.01 else short(factor)
+    return f"{factor:.5g}×" if shown == "1.00" else f"{shown}×"
 
 
 def other_circumstances(run: Run) -> list[str]:
@@ -859,14 +828,14 @@ def rate_words(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     keys = [c for c in ("group", "title", "depth", "arm", "step") if c in frame]
     for key, part in frame.groupby(keys, sort=True, dropna=False):
-        fits = part[part["verdict"] != ""]
+        fits = part[part["factor"].notna()]
         factors, count = fits["factor"].to_numpy(dtype=float), f"{len(fits)} of {len(part)}"
         ends = part["first_last"].to_numpy(dtype=float)
-        reasons = dict.fromkeys(part.loc[part["verdict"] == "", "reason"])
+        trends = dict.fromkeys([*filter(None, fits["trend"]), *filter(None, part["reason"])])
         rows.append(
             dict(zip(keys, key, strict=True))
             | {"rate": _range(factors, 3) + "×" if len(fits) else "–"}
-            | {"verdict": ", ".join([*dict.fromkeys(fits["verdict"]), *reasons])}
+            | {"trend": ", ".join(trends) or "–"}
             | {"fits": count, "first_last": _range(ends), "kind": part["kind"].iloc[0]}
             | {"zeros": int(part["zeros"].sum()), "non_finite": int(part["non_finite"].sum())}
         )

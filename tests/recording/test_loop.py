@@ -115,7 +115,7 @@ def test_schedules_say_when() -> None:
 
 
 def test_a_schedule_of_no_table_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"^schedule: weight: allowed is weights, outputs, blocks$"):
+    with pytest.raises(SpecError, match=r"^schedule: weight: allowed is weights, outputs, blocks"):
         Recorder(nn.Linear(2, 2), schedule={"weight": ALWAYS})
 
 
@@ -565,3 +565,26 @@ def test_plot_is_the_profile_of_the_first_and_last_step() -> None:
     layers = [n for n in found if "conv" in n or n == "fc"]
     assert any(list(line.get_ydata()) == near([found[n] for n in layers]) for line in lines)
     assert isinstance(recorder.plot(step=1), Figure)
+
+
+def test_plot_shows_skip_and_branch_apart_along_the_layers() -> None:
+    """Half the gradient through each skip, all of it to each branch; blocks of two layers."""
+    network = build_network("cifar", depth=14, width=2, skip_forward=1.0, skip_backward=0.5)
+    with Recorder(network) as recorder:
+        for _ in range(3):
+            network(torch.randn(2, 3, 8, 8)).sum().backward()
+            recorder.step()
+    figure = recorder.plot()
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["initialisation", "after 2 updates", "", ""]
+    skip, branch = (line for line in figure.axes[2].get_lines() if len(line.get_xdata()) > 1)
+    assert list(skip.get_xdata()) == [3.5, 5.5, 7.5, 9.5, 11.5, 13.5]
+    found = column(recorder, "blocks", "skip_grad_norm")
+    assert list(skip.get_ydata()) == near(list(found.values()))
+    halves = [2 * value for value in skip.get_ydata()]
+    assert list(branch.get_ydata()) == near(halves)
+    assert len(recorder.plot(step=1).axes) == 2
+    with Recorder(build_network("cifar", depth=8, width=2, skip=False)) as plain:
+        plain.model(torch.randn(2, 3, 8, 8)).sum().backward()
+        plain.step()
+    assert len(plain.plot().axes) == 1

@@ -54,10 +54,12 @@ def test_float32_to_a_millionth(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILLED)
-def test_tensors_without_rows_are_as_in_float64(name: str) -> None:
-    """MANY is 3 · 43691: no rows of 8 to 128 elements make it up."""
-    tensor = FILLED[name](MANY)
-    assert norms([tensor]).item() == near(exact(tensor), rel=1e-14)
+@pytest.mark.parametrize("count", [MANY, 2**15 - 1, 2**15 + 127, 129])
+def test_rows_that_are_not_full(name: str, count: int) -> None:
+    tensor = FILLED[name](count)
+    expected = near(exact(tensor), rel=1e-6)
+    assert norms([tensor]).item() == expected
+    assert norm(tensor).item() == expected
 
 
 @pytest.mark.parametrize("name", FILLED)
@@ -72,7 +74,7 @@ def test_tensors_of_one_shape_are_measured_together_as_each_alone(name: str, sha
         tensors[1] = tensors[1].to(memory_format=torch.channels_last)
     tensors[2:2] = [random(7), torch.tensor(2.0)]
     plan = Norms(tensors)
-    for measured in (tensors, [2 * tensor for tensor in tensors]):
+    for measured in (tensors, [2 * tensor for tensor in tensors], tensors):
         assert plan(measured).tolist() == near([exact(tensor) for tensor in measured], rel=1e-6)
     with pytest.raises(ValueError, match="3 tensors, 6 were expected"):
         plan(tensors[:3])

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import gradflow
-from gradflow.captions import environment
+from gradflow.captions import environment, summary
 from gradflow.spec import RunSpec
 from gradflow.store import CHECKPOINT, Run
-from gradflow.tables import other_circumstances, summary
+from gradflow.tables import other_circumstances
 from gradflow.training import checkpoint
 
 TABLES = ("modules", "weights", "outputs", "blocks", "steps", "evaluations")

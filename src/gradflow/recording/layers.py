@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from gradflow.recording.modules import class_name, is_block, is_compiled, kind_of, name_of
+from gradflow.recording.shards import is_sharded
 
 _LAST = 10**9
 
@@ -43,6 +43,7 @@ class Layers:
         rows: a `Layer` of each.
         owners, blocks: the modules.
         own: of each owner the places of its parameters among `parameters()`.
+        sharded: whether this process has parts of parameters only.
     """
 
     def __init__(self, model: nn.Module):
@@ -61,6 +62,7 @@ class Layers:
         self._stage = 1
         self._stages: dict[tuple[Any, ...], int] = {}
         self._find(model)
+        self.sharded = any(map(is_sharded, self.parameters()))
 
     def _find(self, model: nn.Module) -> None:
         seen: set[int] = set()
@@ -219,10 +221,3 @@ def _compiled(model: nn.Module) -> set[str]:
     """Paths of the modules that torch.compile has been asked to run, each ending in a dot."""
     paths = {name_of(name) for name, module in model.named_modules() if is_compiled(module)}
     return {f"{path}." if path else "" for path in paths}
-
-
-def gather_index(own: Sequence[Sequence[int]], count: int, device: torch.device) -> Tensor:
-    """[owners, most parameters of one]: the places of each owner's, `count` where it has fewer."""
-    width = max(map(len, own), default=0)
-    padded = [[*places, *[count] * (width - len(places))] for places in own]
-    return torch.tensor(padded, dtype=torch.int64, device=device)

@@ -55,7 +55,8 @@ def tensors_of(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):  # almost always
         is_plain = output.layout == torch.strided and not output.is_nested
         return [output] if is_plain and output.is_floating_point() and output.numel() else []
-    return list({id(tensor): tensor for tensor in _walk(output)}.values())
+    different = {id(tensor): tensor for tensor in all_tensors(output)}
+    return [tensor for found in different.values() for tensor in tensors_of(found)]
 
 
 def values_of(tensor: Tensor) -> Tensor:
@@ -63,18 +64,19 @@ def values_of(tensor: Tensor) -> Tensor:
     return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
 
 
-def _walk(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield from tensors_of(output)
-    elif isinstance(output, Mapping):
-        for item in output.values():
-            yield from _walk(item)
-    elif isinstance(output, tuple | list):
-        for item in output:
-            yield from _walk(item)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from _walk(getattr(output, field.name))
+def all_tensors(value: Any) -> Iterator[Tensor]:
+    """Those in tuples, lists, dicts and dataclasses, of any kind."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from all_tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from all_tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from all_tensors(getattr(value, field.name))
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -137,30 +139,57 @@ def is_compiled(module: nn.Module) -> bool:
     return compiled or hasattr(module, "_orig_mod")
 
 
-class _Terms(Watch):
-    """A block's `terms`; several recorders may be around them, and come and go in any order."""
+class Terms(Watch):
+    """A block's `terms`, in whose place it stands as long as any recorder has a use for it.
+
+    Several recorders may be around them, and come and go in any order.
+    """
 
     def __init__(self, original: Callable[..., Any]):
-        super().__init__(self._through, original)
+        super().__init__(original, original)
+        self.users = 0
         self.around: list[Callable[..., Any]] = []
 
-    def _through(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         terms = self._instead
-        for around in self.around:
-            terms = partial(around, terms)
+        # In this order: what is compiled must not depend on who is around.
+        if not torch.compiler.is_compiling() and self.around:
+            for around in self.around:
+                terms = partial(around, terms)
         return terms(*args, **kwargs)
+
+    def switch(self, around: Callable[..., Any], on: bool) -> None:
+        """Whether calls go through `around(original, x, branch)`.
+
+        Where they do not, what stands there costs next to nothing: to take it away and put it back
+        would have torch.compile compile the block again.
+        """
+        if on != (around in self.around):
+            self.around.append(around) if on else self.around.remove(around)
+
+
+def stand_in(block: nn.Module) -> tuple[Terms, Callable[[], None]]:
+    """What stands in the place of `block.terms` from now on, and the undoing."""
+    if not isinstance(vars(block).get("terms"), Terms):
+        block.terms = Terms(block.terms)  # type: ignore[assignment, arg-type]
+    terms: Any = block.terms
+    terms.users += 1
+
+    def undo() -> None:
+        terms.users -= 1
+        if not terms.users and vars(block).get("terms") is terms:
+            del block.terms
+
+    return terms, undo
 
 
 def wrap_terms(block: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
     """Let `block.terms` go through `around(original, x, branch)`; returns the undoing."""
-    if not isinstance(vars(block).get("terms"), _Terms):
-        block.terms = _Terms(block.terms)  # type: ignore[assignment, arg-type]
-    terms: Any = block.terms
-    terms.around.append(around)
+    terms, leave = stand_in(block)
+    terms.switch(around, True)
 
     def undo() -> None:
-        terms.around.remove(around)
-        if not terms.around and vars(block).get("terms") is terms:
-            del block.terms
+        terms.switch(around, False)
+        leave()
 
     return undo

@@ -36,17 +36,18 @@ from torch.optim import Optimizer
 
 from gradflow.errors import SpecError
 from gradflow.ranks import Ranks
-from gradflow.recording import buffers
+from gradflow.recording import buffers, elements
 from gradflow.recording import quantities as registry
-from gradflow.recording.buffers import Buffer
+from gradflow.recording.buffers import Buffer, Drained, over_ranks
 from gradflow.recording.execution import is_batched, is_repeated, is_transformed, will_be_repeated
-from gradflow.recording.layers import Layer, Layers, gather_index
-from gradflow.recording.modules import Watch, ignore, is_compiled, tensors_of, values_of, wrap_terms
-from gradflow.recording.norms import Norms, check_group, gather, norm
-from gradflow.recording.quantities import Conditions
-from gradflow.recording.schedules import DEFAULTS, Schedule
-from gradflow.recording.shards import is_sharded, local, ranks_of, reduce, share
-from gradflow.recording.updates import Updates, parameters_of
+from gradflow.recording.layers import Layer, Layers
+from gradflow.recording.modules import Watch, all_tensors, ignore, is_compiled, stand_in, tensors_of
+from gradflow.recording.norms import check_group, gather, norm
+from gradflow.recording.quantities import Conditions, Quantity
+from gradflow.recording.schedules import Schedule, scheduled
+from gradflow.recording.shards import ranks_of, reduce
+from gradflow.recording.updates import Updates
+from gradflow.recording.weights import Weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,9 +87,11 @@ class Recorder:
             and as blocks those whose class declares `terms(x, branch) -> (skip term or None,
             branch term)`, as `gradflow.Skip` does: the two are added up, not changed in place. A
             parameter shared by modules counts for the first.
-        quantities: `default`, `all`, or names (see `gradflow.recording.quantities`).
-        schedule: `step -> bool`, for all tables or by table; by default weights every step,
-            outputs and blocks every tenth and the first five.
+        quantities: `default` (norms), `all` (those of updates too), `details` (what else there
+            is), names (see `gradflow.recording.quantities`), or several of these.
+        schedule: `step -> bool`, for all that is recorded, or by table (its norms), `details`, or
+            quantity. By default gradients of weights every step, all else every tenth and the first
+            five, but `grad_rank` every hundredth.
         optimizer: one or several. Gives the learning rate, lets one that evaluates its closure
             repeatedly (L-BFGS) count a single step for an update, and is needed for `update_norm`,
             which copies the parameters on the steps that measure it (null for what none of them
@@ -116,8 +119,8 @@ class Recorder:
         seconds: the recorder's own time so far.
 
     Raises:
-        SpecError: an unknown quantity, `update_norm` without an optimizer, or ranks without their
-            group.
+        SpecError: an unknown quantity, one of updates without an optimizer, or ranks without
+            their group.
         StoreError: `save` cannot be written.
     """
 
@@ -135,8 +138,11 @@ class Recorder:
     ):
         chosen = registry.select(quantities)
         listed = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-        if not listed and any(q.name == "update_norm" for q in chosen.get("weights", ())):
-            raise SpecError("update_norm: give the optimizer whose updates are to be measured")
+        for quantity in chosen.get("weights", ()):
+            if quantity.name.startswith("update_") and not listed:
+                raise SpecError(
+                    f"{quantity.name}: give the optimizer whose updates are to be measured"
+                )
         self.model = model
         self.divergence: Divergence | None = None
         self.seconds = 0.0
@@ -148,42 +154,40 @@ class Recorder:
         self._meta = dict(meta or {})
         self._updates = Updates(listed, scaler)
         self._writer: RunWriter | None = None
-        self._schedules = _by_table(schedule)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._on_cpu = self._device.type == "cpu"
         wide = any(p.dtype == torch.float64 for p in model.parameters())
         self._dtype = np.float64 if wide else np.float32
 
         self._layers = Layers(model)
         owners, blocks = len(self._layers.owners), len(self._layers.blocks)
         sizes = {"weights": owners, "outputs": owners, "blocks": blocks}
+        chosen = self._without_unreadable(chosen)
+        self._schedules = scheduled(schedule, chosen)
         self._buffers = {
             table: Buffer(sizes[table], columns, self._device)
             for table, columns in chosen.items()
             if sizes[table]
         }
-        count = sum(map(len, self._layers.own))
-        self._gather = gather_index(self._layers.own, count, self._device)
-        parameters = self._layers.parameters()
-        self._sharded = any(map(is_sharded, parameters))
-        shares = [share(parameter, self._ranks.world) for parameter in parameters]
-        widest = torch.float32 if self._device.type == "mps" else torch.float64
-        self._shares = torch.tensor(shares, dtype=widest, device=self._device)
-        # By what they are of: for which parameters, in which shapes, and at which places.
-        self._norms: dict[str, tuple[list[bool], list[torch.Size], Norms, Tensor]] = {}
+        self._weights = Weights(
+            self._layers, self._buffers.get("weights"), self._ranks.world, self._device
+        )
+        self._different = list(dict.fromkeys(self._schedules.values()))
+        self._answers: dict[tuple[bool, ...], dict[str, frozenset[str]]] = {}  # for each of these
+        self._wanted: dict[str, frozenset[str]] = {}  # table -> what the step under way measures
         self._step_rows: list[dict[str, Any]] = []
         self._evaluations: list[dict[str, Any]] = []
         self._metrics: dict[str, float] = {}
         self._tables: dict[str, list[pa.Table]] = {}
-        self._before: list[Tensor | None] | None = None  # parameters as they were
-        self._added: tuple[Tensor, list[bool]] | None = None  # norms of updates, which there are
         self._passes = 0  # forward passes of the model in the step under way
         self._range = (0, 0)  # the fewest and the most of them in a step
         self._told = False  # whether it was looked for layers whose outputs cannot be read
         self._undo: list[Callable[[], None]] = []
         self._hooks: dict[int, Callable[[], None]] = {}  # owner -> undo of those on its output
         self._entering: dict[int, Callable[[], None]] = {}  # the same, of those before it
-        self._attached: tuple[bool, int] | None = None  # for outputs; how many layers had a place
-        self._measuring: dict[str, bool] = {}  # table -> whether the step under way measures it
+        self._terms: list[tuple[Any, Callable[..., Any]]] = []  # of blocks, what is around them
+        self._attached: tuple[Any, ...] | None = None  # for what; how many layers had a place
+        self._samples = 0  # in the forward pass under way
         self._on_leaves: list[Any] = []  # handles of hooks on outputs that outlive a step
         self._handled: list[BaseException | None] = []  # what was handled as a pass began
         self._modules_written = 0
@@ -223,10 +227,12 @@ class Recorder:
             self._writer = self._save
         self._started = self._flushed = time.monotonic()
         before, after = Watch(self._before_pass, ignore), Watch(self._on_pass, ignore)
-        self._undo.append(self.model.register_forward_pre_hook(before).remove)
+        self._undo.append(self.model.register_forward_pre_hook(before, with_kwargs=True).remove)
         self._undo.append(self.model.register_forward_hook(after, always_call=True).remove)
         for index, block in enumerate(self._layers.blocks):
-            self._undo.append(wrap_terms(block, partial(self._on_terms, index)))
+            terms, undo = stand_in(block)
+            self._terms.append((terms, partial(self._on_terms, index)))
+            self._undo.append(undo)
         self._undo += self._updates.watch(self._on_update)
         self._attach()
         return self
@@ -237,25 +243,64 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for terms, around in self._terms:
+            terms.switch(around, on=False)
         for undo in (*self._undo, *self._hooks.values(), *self._entering.values()):
             undo()
-        for hooks in (self._undo, self._hooks, self._entering, self._handled):
+        for hooks in (self._undo, self._hooks, self._entering, self._handled, self._terms):
             hooks.clear()
-        self._before = None
+        self._weights.forget()
         self._attached = None
         self._forget()
-        if kind is None or not self._sharded:  # the other ranks may not come this far
+        if kind is None or not self._layers.sharded:  # the other ranks may not come this far
             self.flush()
         if isinstance(self._save, str | Path) and self._writer is not None:
             self._finish_external(self._writer, kind, error)
 
+    def _without_unreadable(self, chosen: dict[str, list[Quantity]]) -> dict[str, list[Quantity]]:
+        """Leave out, and say so, what several ranks cannot put together."""
+        unreadable: set[str] = set()
+        if self._ranks.world > 1:
+            unreadable |= registry.OF_WHOLE_BATCHES
+        if self._layers.sharded:
+            unreadable |= registry.OF_WHOLE_PARAMETERS
+        left = [q.name for columns in chosen.values() for q in columns if q.name in unreadable]
+        if left:
+            warnings.warn(
+                f"gradflow: not recorded with {self._ranks.world} ranks, which have parts of it "
+                f"each: {', '.join(left)}",
+                stacklevel=3,
+            )
+        kept = {
+            t: [q for q in columns if q.name not in unreadable] for t, columns in chosen.items()
+        }
+        return {table: columns for table, columns in kept.items() if columns}
+
+    def _wanted_at(self, step: int) -> dict[str, frozenset[str]]:
+        """What is measured at a step, by table."""
+        asked = tuple(schedule(step) for schedule in self._different)
+        if asked not in self._answers:
+            wanted = {s for s, is_asked in zip(self._different, asked, strict=True) if is_asked}
+            self._answers[asked] = {
+                table: frozenset(q.name for q in b.chosen if self._schedules[q.name] in wanted)
+                for table, b in self._buffers.items()
+            }
+        return self._answers[asked]
+
     def _attach(self) -> None:
         """Put hooks on what the step to come measures, and on layers whose place is unknown."""
-        self._measuring = {table: self._schedules[table](self.next_step) for table in self._buffers}
-        measures_outputs = self._measuring.get("outputs", False)
-        if self._attached == (measures_outputs, self._layers.executed):
+        self._wanted = self._wanted_at(self.next_step)
+        if "noise_scale" in self._wanted.get("weights", ()):
+            self._weights.watch_passes(lambda: self._paused)
+        measures_outputs, measures_blocks = (
+            bool(self._wanted.get(table)) for table in ("outputs", "blocks")
+        )
+        attached = measures_outputs, measures_blocks, self._layers.executed
+        if self._attached == attached:
             return
-        self._attached = measures_outputs, self._layers.executed
+        self._attached = attached
+        for (terms, around), row in zip(self._terms, self._layers.select("blocks"), strict=True):
+            terms.switch(around, on=measures_blocks or not self._layers.is_placed(row))
         rows = self._layers.select("outputs")
         for index, module in enumerate(self._layers.owners):
             unknown = not self._layers.is_placed(rows[index])
@@ -271,9 +316,6 @@ class Recorder:
                 self._entering[index] = module.register_forward_pre_hook(watch).remove
 
     # --- measuring --------------------------------------------------------------------------------
-
-    def _wants(self, table: str, name: str) -> bool:
-        return table in self._buffers and name in self._buffers[table].index
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -297,8 +339,10 @@ class Recorder:
             and not is_repeated()
         )
 
-    def _before_pass(self, *_: Any) -> None:
+    def _before_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._handled.append(sys.exception())
+        inputs = next(all_tensors((args, kwargs)), None)
+        self._samples = 0 if inputs is None or not inputs.dim() else len(inputs)
 
     def _on_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         """After each forward pass of the model; after one that raised, without an output."""
@@ -320,6 +364,7 @@ class Recorder:
     def _end_of_step(self) -> None:
         while self._on_leaves:
             self._on_leaves.pop().remove()
+        self._weights.end_passes()
         self._under_way += 1
         self._passes = 0
         self._was_paused = self._paused
@@ -336,12 +381,35 @@ class Recorder:
         if not self._watching():
             return
         tensors = tensors_of(output)
-        self._layers.called(self._layers.rows[index], tensors, joining=self._joining)
-        if self._measuring.get("outputs"):
-            buffer = self._buffers["outputs"]
-            for tensor in tensors:
-                self._add(buffer, index, "output_rms", tensor.detach())
-                self._watch_gradient(buffer, index, "output_grad_norm", tensor)
+        row = self._layers.rows[index]
+        if not self._layers.is_placed(row):
+            self._layers.called(row, tensors, joining=self._joining)
+        wanted = self._wanted.get("outputs")
+        if not wanted:
+            return
+        for tensor in tensors:
+            self._add("outputs", index, wanted & _OF_OUTPUTS.keys(), tensor.detach())
+            if tensor.requires_grad:
+                self._watch_gradient("outputs", index, wanted & _OF_GRADIENTS.keys(), tensor)
+        if tensors and wanted & {"output_spread", "dead_units"}:
+            self._look_at_units(index, module, tensors[0], wanted)
+
+    def _look_at_units(
+        self, index: int, module: nn.Module, output: Tensor, wanted: frozenset[str]
+    ) -> None:
+        if "output_spread" in wanted:
+            spread = elements.spread(output.detach(), self._samples)
+            if spread is not None:
+                self._put("outputs", index, "output_spread", spread, 1)
+        if "dead_units" in wanted and output.requires_grad:
+            axis = elements.unit_axis(module, output)
+
+            def look(gradient: Tensor) -> None:
+                reached = elements.reached_units(gradient, axis)
+                if reached is not None:
+                    self._put("outputs", index, "dead_units", reached, len(reached))
+
+            self._on_backward(output, look)
 
     def _on_terms(
         self, index: int, original: Callable[..., Any], x: Tensor, branch: Tensor
@@ -353,7 +421,7 @@ class Recorder:
         self._layers.called(row, None, joining=True)
         outer, self._joining = self._joining, True
         try:
-            if not self._measuring.get("blocks"):
+            if not self._wanted.get("blocks"):
                 return original(x, branch)
             return self._measure_terms(index, original, x, branch)
         finally:
@@ -362,64 +430,72 @@ class Recorder:
     def _measure_terms(
         self, index: int, original: Callable[..., Any], x: Tensor, branch: Tensor
     ) -> tuple[Tensor | None, Tensor]:
-        buffer = self._buffers["blocks"]
+        buffer, wanted = self._buffers["blocks"], self._wanted["blocks"]
+        if wanted & {"branch_x_grad_norm", "x_grad_cosine"} and x.requires_grad:
+            x = self._watch_split(index, wanted, x)
         # A view of its own sees the gradient that comes this way alone; none comes where the term
         # does not depend on it, and then it is exactly zero.
         x = x.view_as(x)
         for name, tensor in (("skip_grad_norm", x), ("branch_grad_norm", branch)):
-            if name in buffer.index and tensor.requires_grad:
+            if name in wanted and tensor.requires_grad:
                 buffer.expect(index, name)
-                self._watch_gradient(buffer, index, name, tensor)
+                self._watch_gradient("blocks", index, {name}, tensor)
         skip_term, branch_term = original(x, branch)
         if skip_term is not None:
-            self._add(buffer, index, "skip_rms", skip_term.detach())
-        elif "skip_rms" in buffer.index:
+            self._add("blocks", index, wanted & {"skip_rms"}, skip_term.detach())
+        elif "skip_rms" in wanted:
             buffer.expect(index, "skip_rms")
-        self._add(buffer, index, "branch_rms", branch_term.detach())
+        self._add("blocks", index, wanted & {"branch_rms"}, branch_term.detach())
         return skip_term, branch_term
 
-    def _add(self, buffer: Buffer, index: int, name: str, tensor: Tensor) -> None:
-        if name in buffer.index:
-            began = time.perf_counter()
-            buffer.add(index, name, norm(tensor), tensor.numel())
-            self.seconds += time.perf_counter() - began
+    def _watch_split(self, index: int, wanted: frozenset[str], x: Tensor) -> Tensor:
+        """Measure what comes to `x` through the skip, of which the view returned is for, beside
+        all that comes to it."""
+        through: list[Tensor] = []
+        view = x.view_as(x)
 
-    def _watch_gradient(self, buffer: Buffer, index: int, name: str, tensor: Tensor) -> None:
-        if name in buffer.index and tensor.requires_grad:
-            watch = partial(self._on_gradient, buffer, index, name, self._under_way)
-            handle = tensor.register_hook(watch)
-            if tensor.is_leaf:  # a parameter, say: it and the hook would stay
-                self._on_leaves.append(handle)
+        def look(gradient: Tensor) -> None:
+            skip = through.pop() if through else torch.zeros_like(gradient)
+            rest = gradient - skip
+            if "branch_x_grad_norm" in wanted:
+                self._put("blocks", index, "branch_x_grad_norm", norm(rest), rest.numel())
+            if "x_grad_cosine" in wanted:
+                self._put("blocks", index, "x_grad_cosine", elements.cosine(skip, rest), 1)
+
+        self._on_backward(view, through.append)
+        self._on_backward(x, look)
+        return view
+
+    def _add(self, table: str, index: int, names: Iterable[str], tensor: Tensor) -> None:
+        began = time.perf_counter()
+        for name in names:
+            self._put(table, index, name, _MEASURES[name](tensor), tensor.numel())
+        self.seconds += time.perf_counter() - began
+
+    def _put(self, table: str, index: int, name: str, value: Tensor, count: int) -> None:
+        known = value.item() if self._on_cpu and not value.dim() else value
+        self._buffers[table].add(index, name, known, count)
+
+    def _watch_gradient(self, table: str, index: int, names: Iterable[str], tensor: Tensor) -> None:
+        if names:
+            self._on_backward(tensor, partial(self._add, table, index, names))
+
+    def _on_backward(self, tensor: Tensor, look: Callable[[Tensor], None]) -> None:
+        """Have `look` see the gradient with respect to a tensor, in the step under way."""
+        handle = tensor.register_hook(partial(self._on_gradient, self._under_way, look))
+        if tensor.is_leaf:  # a parameter, say: it and the hook would stay
+            self._on_leaves.append(handle)
 
     def _on_gradient(
-        self, buffer: Buffer, index: int, name: str, under_way: int, gradient: Tensor
+        self, under_way: int, look: Callable[[Tensor], None], gradient: Tensor
     ) -> None:
         if under_way == self._under_way and not (self._paused or is_batched(gradient)):
-            self._add(buffer, index, name, gradient.detach())
+            look(gradient.detach())
 
     def _on_update(self, optimizer: Optimizer) -> None:
-        if self._before is None or not self._buffers["weights"].steps:
-            return  # not measured at this step, or the step has left the buffer
         began = time.perf_counter()
         with torch.no_grad():
-            updated = parameters_of(optimizer)
-            added: list[Tensor | None] = [None] * len(self._before)
-            for place, after in enumerate(self._layers.parameters()):
-                before = self._before[place]
-                if before is None or after is None or id(after) not in updated:
-                    continue
-                now = local(after.detach())
-                added[place] = now - before if now.shape == before.shape else None
-            values, present = self._by_parameter("updates", added)
-            if self._added is not None:  # of another optimizer
-                mine = torch.tensor(present, device=values.device)
-                values = torch.where(mine, values, self._added[0])
-                pairs = zip(present, self._added[1], strict=True)
-                present = [mine or theirs for mine, theirs in pairs]
-            self._added = values, present
-            self._fill_weights("update_norm", values, present)
-        if len(self._updates.optimizers) == 1:
-            self._before = None
+            self._weights.updated(optimizer, last=len(self._updates.optimizers) == 1)
         self.seconds += time.perf_counter() - began
 
     @torch.no_grad()
@@ -446,10 +522,10 @@ class Recorder:
             raise RuntimeError("Recorder.step outside its `with` block: nothing is watched there")
         if self._updates.again:
             self._forget()
-            return loss is None or self._device.type != "cpu" or math.isfinite(loss)
+            return loss is None or not self._on_cpu or math.isfinite(loss)
         if {"step", "grad_norm"} & set(values):
             raise SpecError("Recorder.step: step and grad_norm are the recorder's own columns")
-        self._before = self._added = None
+        self._weights.forget()
         if self._due():
             self.flush()
         began = time.perf_counter()
@@ -461,9 +537,9 @@ class Recorder:
         self._end_of_step()
         self.latest = kept if total is None else kept | {"grad_norm": _kept(total)}
         self._step_rows.append(self.latest | {"step": self.next_step})
-        if self._sharded:
+        if self._layers.sharded:
             self.latest.pop("grad_norm", None)  # of this rank's part alone
-        finite = self._device.type != "cpu" or self._non_finite(self.latest) is None
+        finite = not self._on_cpu or self._non_finite(self.latest) is None
         self._updates.recorded()
         self.next_step += 1
         self._attach()
@@ -476,7 +552,7 @@ class Recorder:
         """Make rows of what was seen in forward and backward passes since the step before."""
         scale = self._updates.loss_scale(self._device)
         for table, buffer in self._buffers.items():
-            if table != "weights" and self._measuring[table]:
+            if table != "weights" and self._wanted[table]:
                 buffer.close(self.next_step, self._ranks.world, scale)
         self._layers.close()
         if self._passes:
@@ -485,39 +561,26 @@ class Recorder:
 
     def _record_weights(self, optimizer: Optimizer | None) -> Tensor | None:
         """The step's row of the table `weights`, if it measures one; the norm of all gradients."""
-        parameters = self._layers.parameters()
-        gradients = [None if parameter is None else parameter.grad for parameter in parameters]
-        if optimizer is not None:
-            updated = parameters_of(optimizer)
-            pairs = zip(parameters, gradients, strict=True)
-            gradients = [gradient if id(p) in updated else None for p, gradient in pairs]
-        values, present = self._by_parameter("gradients", gradients)
+        gradients = self._weights.gradients(optimizer)
         scale = self._updates.loss_scale(self._device)
-        if scale is not None and self._updates.are_scaled(optimizer):
-            values = values / scale
-        self._say_what_is_unread(present)
-        if self._measuring.get("weights"):
-            self._buffers["weights"].open(self.next_step)
-            if self._wants("weights", "weight_grad_norm"):
-                self._fill_weights("weight_grad_norm", values, present)
-            if self._wants("weights", "weight_norm"):
-                self._fill_weights("weight_norm", *self._by_parameter("weights", parameters))
-            if self._wants("weights", "update_norm"):
-                self._before = [
-                    None if p is None else local(p.detach()).clone() for p in parameters
-                ]
-        return norm(values) if any(present) else None
+        left = scale if self._updates.are_scaled(optimizer) else None
+        found = self._weights.measure(gradients, left)
+        self._say_what_is_unread(found.measured)
+        follows = self._schedules.get("grad_cosine")
+        keep = follows is not None and follows(self.next_step + 1)
+        wanted = self._wanted.get("weights", frozenset())
+        self._weights.record(wanted, self.next_step, gradients, found, (left, scale), keep)
+        return norm(found.norms) if found.measured.any() else None
 
-    def _say_what_is_unread(self, present: Sequence[bool]) -> None:
+    def _say_what_is_unread(self, has_gradient: np.ndarray) -> None:
         """Name, once, the layers with a gradient whose outputs should be measured and are not."""
-        if self._told or self._was_paused or not self._measuring.get("outputs"):
+        if self._told or self._was_paused or not self._wanted.get("outputs"):
             return
         self._told = True
-        rows, own = self._layers.select("outputs"), self._layers.own
         unread = [
             row.layer
-            for row, places in zip(rows, own, strict=True)
-            if any(present[place] for place in places) and self._layers.nearest(row.layer) is None
+            for row, has_one in zip(self._layers.select("outputs"), has_gradient, strict=True)
+            if has_one and self._layers.nearest(row.layer) is None
         ]
         if unread:
             shown = ", ".join(unread[:_NAMED])
@@ -541,34 +604,6 @@ class Recorder:
             ]
         )
         return dict(zip(present, gather(mine, self._ranks.world).mean(dim=0), strict=True))
-
-    def _by_parameter(self, of: str, tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[bool]]:
-        """Norms of parameters' tensors, 0 for those that are not there, and which are."""
-        present = [tensor is not None for tensor in tensors]
-        there = [t for t in tensors if t is not None]
-        if not there:
-            return torch.zeros(len(tensors), device=self._device), present
-        if self._sharded:
-            there = [local(t) for t in there]
-        there = [t if t.layout == torch.strided else values_of(t) for t in there]
-        shapes = [tensor.shape for tensor in there]
-        known = self._norms.get(of)
-        if known is None or known[:2] != (present, shapes):
-            # Another parameter has no gradient, or a sparse one other rows.
-            places = [place for place, is_there in enumerate(present) if is_there]
-            at = torch.tensor(places, dtype=torch.int64, device=self._device)
-            known = self._norms[of] = present, shapes, Norms(there), at
-        found = known[2](there)
-        if len(there) < len(tensors):
-            found = found.new_zeros(len(tensors)).index_copy_(0, known[3], found)
-        return found * self._shares if self._sharded else found, present
-
-    def _fill_weights(self, name: str, values: Tensor, present: list[bool]) -> None:
-        """Combine norms by parameter into norms by module; `present` says which were measured."""
-        padded = torch.cat([values, values.new_zeros(1)])
-        by_module = torch.linalg.vector_norm(padded[self._gather], dim=1)
-        measured = all(present) or [any(present[i] for i in own) for own in self._layers.own]
-        self._buffers["weights"].fill(name, by_module, np.array(measured))
 
     @property
     def _compiled(self) -> bool:
@@ -595,7 +630,7 @@ class Recorder:
         """
         buffer = self._buffers.get("weights")
         if (
-            self._sharded
+            self._layers.sharded
             or buffer is None
             or "weight_grad_norm" not in buffer.index
             or not buffer.steps
@@ -620,7 +655,7 @@ class Recorder:
             return True
         waited = time.monotonic() - self._flushed
         return len(self._step_rows) >= buffers.FLUSH_STEPS or (
-            self._writer is not None and waited > buffers.FLUSH_SECONDS and not self._sharded
+            self._writer is not None and waited > buffers.FLUSH_SECONDS and not self._layers.sharded
         )
 
     def flush(self) -> None:
@@ -628,8 +663,10 @@ class Recorder:
         began = time.perf_counter()
         drained = {name: buffer.drain() for name, buffer in self._buffers.items()}
         steps, self._step_rows = _plain(self._step_rows), []
-        if self._sharded and steps:
+        if self._layers.sharded and steps:
             self._put_together(drained, steps)
+        for name, found in drained.items():
+            found.finish(self._buffers[name].chosen)
         if self.divergence is None:
             self.divergence = self._first_divergence(steps, drained)
         if self._writer is not None and steps and self._layers.executed > self._modules_written:
@@ -637,8 +674,8 @@ class Recorder:
 
             self._writer.write("modules", schema.table("modules", self._layers.columns()))
             self._modules_written = self._layers.executed
-        for name, (numbers, values, measured) in drained.items():
-            self._emit(name, self._long_columns(name, numbers, values, measured))
+        for name, found in drained.items():
+            self._emit(name, self._long_columns(name, found))
         if steps:
             self._emit("steps", _columns(steps, "step", np.int32))
         if self._evaluations:
@@ -647,16 +684,18 @@ class Recorder:
         self._flushed = time.monotonic()
         self.seconds += time.perf_counter() - began
 
-    def _put_together(self, drained: dict[str, Any], steps: list[dict[str, Any]]) -> None:
-        """Make norms of this rank's part of the parameters those of the whole."""
+    def _put_together(self, drained: dict[str, Drained], steps: list[dict[str, Any]]) -> None:
+        """Make values of this rank's part of the parameters those of the whole."""
+        world = self._ranks.world
         if "weights" in drained:
-            numbers, values, measured = drained["weights"]
-            whole = reduce(values, measured, self._ranks.world, self._device)
-            drained["weights"] = (numbers, *whole)
-        totals = np.array([row.get("grad_norm", np.nan) for row in steps])
-        known = np.array(["grad_norm" in row for row in steps])
-        totals, known = reduce(totals, known, self._ranks.world, self._device)
-        for row, total, is_known in zip(steps, totals.tolist(), known, strict=True):
+            reduce(drained["weights"], self._buffers["weights"].chosen, world, self._device)
+        totals = [row.get("grad_norm", 0.0) for row in steps]
+        mine = torch.tensor(totals, dtype=torch.float64, device=self._device)
+        known = torch.tensor([int("grad_norm" in row) for row in steps], device=self._device)
+        totals = over_ranks(gather(mine, world), "norm").tolist()
+        for row, total, is_known in zip(
+            steps, totals, gather(known, world).sum(dim=0).tolist(), strict=True
+        ):
             if is_known:
                 row["grad_norm"] = total
 
@@ -675,21 +714,19 @@ class Recorder:
         scaled = self._updates.scaler is not None
         return Conditions(self._ranks.world, self._range, scaled, self._compiled)
 
-    def _long_columns(
-        self, name: str, steps: np.ndarray, values: np.ndarray, measured: np.ndarray
-    ) -> dict[str, Any]:
+    def _long_columns(self, name: str, found: Drained) -> dict[str, Any]:
         """Columns step, layer and one a quantity; layers in order of position, masked if null."""
         import pyarrow as pa
 
         rows = self._layers.select(name)
         order = sorted(range(len(rows)), key=lambda i: self._layers.place(rows[i], i))
-        values, measured = values[:, order], measured[:, order]
+        values, measured = found.values[:, order], found.measured[:, order]
         kept = measured.any(axis=2)
         row, layer = np.nonzero(kept)
         names = pa.array([rows[i].layer for i in order], pa.string())
         indices = pa.array(layer.astype(np.int32))
         columns: dict[str, Any] = {
-            "step": steps[row],
+            "step": found.steps[row],
             "layer": pa.DictionaryArray.from_arrays(indices, names),
         }
         for column, quantity in enumerate(self._buffers[name].chosen):
@@ -708,7 +745,7 @@ class Recorder:
         return None
 
     def _first_divergence(
-        self, steps: list[dict[str, Any]], drained: Mapping[str, Any]
+        self, steps: list[dict[str, Any]], drained: Mapping[str, Drained]
     ) -> Divergence | None:
         for row in steps:
             quantity = self._non_finite(row)
@@ -717,17 +754,18 @@ class Recorder:
                 return Divergence(row["step"], *(found or (None, quantity)))
         return None
 
-    def _origin(self, step: int, drained: Mapping[str, Any]) -> tuple[str, str] | None:
+    def _origin(self, step: int, drained: Mapping[str, Drained]) -> tuple[str, str] | None:
         """The module at which `step` went wrong: forward from the input, else backward."""
         forward: list[Any] = []
         backward: list[Any] = []
-        for table, (numbers, values, measured) in drained.items():
+        for table, found in drained.items():
             rows = self._layers.select(table)
-            for place in np.flatnonzero(numbers == step):
+            for place in np.flatnonzero(found.steps == step):
                 for column, quantity in enumerate(self._buffers[table].chosen):
-                    bad = measured[place, :, column] & ~np.isfinite(values[place, :, column])
-                    side = forward if quantity.is_rms else backward
-                    if quantity.is_rms or "grad" in quantity.name:
+                    values = found.values[place, :, column]
+                    bad = found.measured[place, :, column] & ~np.isfinite(values)
+                    side = backward if quantity.is_gradient else forward
+                    if (quantity.is_gradient and quantity.is_norm) or quantity.reduction == "rms":
                         side += [
                             (self._layers.place(rows[i], i), rows[i].layer, quantity.name)
                             for i in np.flatnonzero(bad).tolist()
@@ -797,13 +835,18 @@ class Recorder:
     def plot(self, step: int | None = None) -> Figure:
         """The profile: gradient norm of each module's weights against position, log scale.
 
+        Of a network whose blocks have skips, below it and along the same layers, the norm of the
+        gradient that each block's skip and branch receive.
+
         Args:
-            step: which step; by default the first and the last that were recorded.
+            step: which step; by default the first and the last at which either was measured.
         """
         from gradflow import plots
 
-        frame = self.table("weights")
-        return plots.profile(frame if step is None else frame[frame["step"] == step])
+        weights, blocks = (self.table(name) for name in ("weights", "blocks"))
+        if step is not None:
+            weights, blocks = (frame[frame["step"] == step] for frame in (weights, blocks))
+        return plots.record(weights, blocks)
 
     def _finish_external(
         self, writer: RunWriter, kind: type[BaseException] | None, error: BaseException | None
@@ -835,14 +878,19 @@ class Recorder:
 # --- helpers --------------------------------------------------------------------------------------
 
 
-def _by_table(schedule: Schedule | Mapping[str, Schedule] | None) -> dict[str, Schedule]:
-    if schedule is None:
-        return dict(DEFAULTS)
-    if isinstance(schedule, Mapping):
-        for table in set(schedule) - set(DEFAULTS):
-            raise SpecError(f"schedule: {table}: allowed is {', '.join(DEFAULTS)}")
-        return DEFAULTS | dict(schedule)
-    return dict.fromkeys(DEFAULTS, schedule)
+_OF_OUTPUTS = {
+    "output_rms": norm,
+    "output_max": elements.largest,
+    "output_nonfinite": elements.nonfinite,
+}
+_OF_GRADIENTS = {
+    "output_grad_norm": norm,
+    "output_grad_zeros": elements.zeros,
+    "output_grad_subnormals": elements.subnormals,
+}
+_OF_BLOCKS = dict.fromkeys(("skip_rms", "branch_rms", "skip_grad_norm", "branch_grad_norm"), norm)
+_MEASURES = {**_OF_OUTPUTS, **_OF_GRADIENTS, **_OF_BLOCKS}
+"""What makes a number of a tensor."""
 
 
 def _kept(value: Tensor | float) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradflow.ranks import Ranks
+from gradflow.recording.buffers import Drained, over_ranks
 from gradflow.recording.norms import gather
+from gradflow.recording.quantities import Quantity
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -52,15 +53,14 @@ def share(parameter: Tensor | None, world: int) -> float:
     return math.sqrt(parts / world)
 
 
-def reduce(
-    values: np.ndarray, measured: np.ndarray, world: int, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """√Σ² over the ranks of each value, and where any has measured it.
+def reduce(drained: Drained, chosen: Sequence[Quantity], world: int, device: torch.device) -> None:
+    """Make of what the ranks have of their parts of parameters that of the whole, on all of them.
 
-    Every rank calls this with as many values.
+    Every rank calls this with as many steps.
     """
-    mine = np.where(measured, values, 0.0), measured.astype(values.dtype)
-    everyone = gather(torch.from_numpy(np.stack(mine)).to(device), world).cpu()
-    norms: Sequence[Tensor] = everyone[:, 0].unbind()
-    whole = functools.reduce(torch.hypot, norms)
-    return whole.numpy(), everyone[:, 1].sum(dim=0).numpy() > 0
+    mine = np.where(drained.measured, drained.values, 0.0), drained.measured.astype(np.float64)
+    values, measured = gather(torch.from_numpy(np.stack(mine)).to(device), world).cpu().unbind(1)
+    for column, quantity in enumerate(chosen):
+        whole = over_ranks(values[..., column], quantity.reduction)
+        drained.values[..., column] = whole.numpy()
+    drained.measured[:] = measured.sum(dim=0).numpy() > 0

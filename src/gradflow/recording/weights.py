@@ -1,0 +1,330 @@
+"""Measures parameters and their gradients, and makes of each module's own ones a value."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradflow.recording import elements
+from gradflow.recording.buffers import Buffer
+from gradflow.recording.layers import Layers
+from gradflow.recording.modules import values_of
+from gradflow.recording.norms import Norms
+from gradflow.recording.shards import local, share
+from gradflow.recording.updates import parameters_of
+
+Tensors = Sequence[Tensor | None]
+
+_COUNTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "grad_nonfinite": elements.nonfinite,
+    "grad_zeros": elements.zeros,
+    "grad_subnormals": elements.subnormals,
+}
+
+
+@dataclass
+class _Plan:
+    """For parameters' tensors of which the same are there, in the same shapes, again and again."""
+
+    present: list[bool]
+    shapes: list[torch.Size]
+    norms: Norms
+    measured: np.ndarray
+
+
+@dataclass
+class Found:
+    """Of each module: the L2 norm over all of its own parameters' tensors that are there.
+
+    Attributes:
+        norms: [modules], 0 where none is.
+        measured: [modules], whether any is.
+        present: [parameters], which are.
+    """
+
+    norms: Tensor
+    measured: np.ndarray
+    present: list[bool]
+
+
+class Weights:
+    """The quantities of the table `weights`."""
+
+    def __init__(self, layers: Layers, buffer: Buffer | None, world: int, device: torch.device):
+        self._layers, self._buffer, self._device = layers, buffer, device
+        own, parameters = layers.own, layers.parameters()
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._module = [module for module, places in enumerate(own) for _ in places]
+        self._modules = torch.tensor(self._module, dtype=torch.int64, device=device)
+        self._shares = [share(p, world) for p in parameters] if layers.sharded else None
+        self._plans: dict[str, _Plan] = {}
+        self._wanted: Collection[str] = ()  # at the step that was recorded last
+        self._store: list[Tensor] = []  # copies of parameters, kept to be written again
+        self._before: list[Tensor | None] | None = None  # parameters as they were
+        self._weight_norms: Tensor | None = None
+        self._updated: set[int] = set()  # ids of the parameters that were, since the step
+        self._previous: list[Tensor | None] | None = None  # gradients of the step before
+        self._passes: dict[int, list[Tensor]] = {}  # place -> squared norms, one a backward pass
+        self._hooks: list[tuple[Any, Any]] = []  # handle, the node it is on
+
+    def gradients(self, optimizer: Optimizer | None) -> list[Tensor | None]:
+        """Of each parameter, as it is; of what that optimizer updates, if one is given."""
+        parameters = self._layers.parameters()
+        if optimizer is None:
+            return [None if p is None else p.grad for p in parameters]
+        updated = parameters_of(optimizer)
+        return [p.grad if p is not None and id(p) in updated else None for p in parameters]
+
+    def measure(self, gradients: Tensors, scale: Tensor | None) -> Found:
+        """Norms of gradients, divided by `scale` where there is one."""
+        found = self._norms("gradients", gradients)
+        return found if scale is None else replace(found, norms=found.norms / scale)
+
+    def record(
+        self,
+        wanted: Collection[str],
+        step: int,
+        gradients: Tensors,
+        found: Found,
+        scales: tuple[Tensor | None, Tensor | None],
+        keep: bool,
+    ) -> None:
+        """The row of `step`, with what `measure` has found.
+
+        Args:
+            scales: by what gradients are to be divided, and what backward passes had been.
+            keep: whether the next step needs this one's gradients.
+        """
+        self._wanted = wanted
+        if self._buffer is not None and wanted:
+            self._buffer.open(step)
+            if "weight_grad_norm" in wanted:
+                self._fill("weight_grad_norm", found.norms, found.measured)
+            if "weight_norm" in wanted or "update_ratio" in wanted:
+                self._record_parameters()
+            self._record_elements(gradients, scales[0])
+            if "grad_cosine" in wanted and self._previous is not None:
+                self._record_cosines(gradients, self._previous)
+            if "grad_rank" in wanted:
+                self._record_ranks(gradients)
+            if "noise_scale" in wanted:
+                self._record_noise(found.norms, scales[1])
+            if "update_norm" in wanted or "update_ratio" in wanted:
+                self._before = self._copies()
+        self._previous = None
+        if keep:
+            self._previous = [None if g is None else _dense(g).clone() for g in gradients]
+
+    def forget(self) -> None:
+        """Drop what was kept of the step before."""
+        self._before = None
+        self._updated.clear()
+
+    # --- norms ------------------------------------------------------------------------------------
+
+    def _norms(self, of: str, tensors: Tensors) -> Found:
+        present = [tensor is not None for tensor in tensors]
+        there = [t for t in tensors if t is not None]
+        if self._layers.sharded:
+            there = [local(t) for t in there]
+        there = [t if t.layout == torch.strided else values_of(t) for t in there]
+        shapes = [tensor.shape for tensor in there]
+        plan = self._plans.get(of)
+        if plan is None or plan.present != present or plan.shapes != shapes:
+            # Another parameter has no gradient, or a sparse one other rows.
+            plan = self._plans[of] = self._plan(present, there)
+        return Found(plan.norms(there), plan.measured, present)
+
+    def _plan(self, present: list[bool], there: list[Tensor]) -> _Plan:
+        places = [place for place, is_there in enumerate(present) if is_there]
+        groups = [self._module[place] for place in places]
+        shares = None if self._shares is None else list(itertools.compress(self._shares, present))
+        shapes = [tensor.shape for tensor in there]
+        norms = Norms(there, groups, len(self._layers.own), shares)
+        return _Plan(present, shapes, norms, self._measured(present))
+
+    def _measured(self, present: Sequence[bool]) -> np.ndarray:
+        """Of each module, whether any of its own parameters is there."""
+        return np.array([any(present[place] for place in own) for own in self._layers.own], bool)
+
+    def _fill(self, name: str, values: Tensor, measured: np.ndarray, count: Any = 1) -> None:
+        assert self._buffer is not None
+        self._buffer.fill(name, values, measured, count)
+
+    def _record_parameters(self) -> None:
+        found = self._norms("weights", self._layers.parameters())
+        self._weight_norms = found.norms
+        if "weight_norm" in self._wanted:
+            self._fill("weight_norm", found.norms, found.measured)
+
+    # --- updates ----------------------------------------------------------------------------------
+
+    def _copies(self) -> list[Tensor | None]:
+        """The parameters as they are, in the copies of last time where their shapes fit."""
+        parameters = self._layers.parameters()
+        there = [local(p.detach()) for p in parameters if p is not None]
+        if [_format(p) for p in there] == [_format(p) for p in self._store]:
+            torch._foreach_copy_(self._store, there)
+        else:
+            self._store = [p.clone() for p in there]
+        copies = iter(self._store)
+        return [None if p is None else next(copies) for p in parameters]
+
+    def updated(self, optimizer: Optimizer, *, last: bool) -> None:
+        """Record what an optimizer has added, if the step wants it; `last`: no other follows."""
+        if self._before is None or self._buffer is None or not self._buffer.steps:
+            return  # not measured at this step, or the step has left the buffer
+        self._updated |= parameters_of(optimizer)
+        found = self._norms("updates", self._moved())
+        if "update_norm" in self._wanted:
+            self._fill("update_norm", found.norms, found.measured)
+        if "update_ratio" in self._wanted:
+            assert self._weight_norms is not None
+            self._fill("update_ratio", found.norms / self._weight_norms, found.measured)
+        if last:
+            self._before = None
+
+    def _moved(self) -> list[Tensor | None]:
+        """Parameters as they are less what they were, of those that any optimizer updated."""
+        assert self._before is not None
+        pairs = zip(self._layers.parameters(), self._before, strict=True)
+        both = {
+            place: (local(after.detach()), before)
+            for place, (after, before) in enumerate(pairs)
+            if after is not None and before is not None and id(after) in self._updated
+        }
+        both = {place: (a, b) for place, (a, b) in both.items() if a.shape == b.shape}
+        moved: list[Tensor | None] = [None] * len(self._before)
+        if both:
+            now, then = map(list, zip(*both.values(), strict=True))
+            for place, tensor in zip(both, torch._foreach_sub(now, then), strict=True):
+                moved[place] = tensor
+        return moved
+
+    # --- details ----------------------------------------------------------------------------------
+
+    def _record_elements(self, gradients: Tensors, scale: Tensor | None) -> None:
+        counted = [name for name in _COUNTED if name in self._wanted]
+        if not counted and "grad_max" not in self._wanted:
+            return
+        present = [gradient is not None for gradient in gradients]
+        measured = self._measured(present)
+        there = [local(g) for g in gradients if g is not None]
+        stored = [t if t.layout == torch.strided else values_of(t) for t in there]
+        sizes = [0 if gradient is None else gradient.numel() for gradient in gradients]
+        whole = np.array([sum(sizes[place] for place in own) for own in self._layers.own])
+        for name in counted:
+            counts = [_COUNTED[name](t).to(self._dtype) for t in stored]
+            if name == "grad_zeros":  # those that a sparse gradient does not store
+                absent = [t.numel() - s.numel() for t, s in zip(there, stored, strict=True)]
+                counts = [count + more for count, more in zip(counts, absent, strict=True)]
+            if self._shares is not None:
+                shares = [
+                    self._shares[place] ** 2 for place, is_one in enumerate(present) if is_one
+                ]
+                counts = [count * part for count, part in zip(counts, shares, strict=True)]
+            self._fill(name, self._sums(self._spread(present, counts)), measured, whole)
+        if "grad_max" in self._wanted:
+            peaks = self._spread(present, [elements.largest(t).to(self._dtype) for t in stored])
+            largest = peaks.new_zeros(len(measured)).scatter_reduce_(
+                0, self._modules, peaks, "amax"
+            )
+            self._fill("grad_max", largest if scale is None else largest / scale, measured)
+
+    def _spread(self, present: Sequence[bool], values: Sequence[Tensor]) -> Tensor:
+        """One value a place, 0 where nothing is there."""
+        found = iter(values)
+        zero = torch.zeros((), dtype=self._dtype, device=self._device)
+        return torch.stack([next(found) if is_there else zero for is_there in present])
+
+    def _sums(self, values: Tensor) -> Tensor:
+        """By module, of one value a parameter."""
+        return values.new_zeros(len(self._layers.own)).index_add_(0, self._modules, values)
+
+    def _record_cosines(self, gradients: Tensors, previous: Tensors) -> None:
+        pairs = list(zip(gradients, previous, strict=True))
+        present = [now is not None and then is not None for now, then in pairs]
+        both = [
+            (_dense(now).to(self._dtype), then.to(self._dtype))
+            for now, then in pairs
+            if now is not None and then is not None
+        ]
+        products, here, there = (
+            self._sums(self._spread(present, [(a * b).sum() for a, b in tensors]))
+            for tensors in (both, [(a, a) for a, _ in both], [(b, b) for _, b in both])
+        )
+        cosines = products / (here.sqrt() * there.sqrt())
+        self._fill("grad_cosine", cosines, self._measured(present))
+
+    def _record_ranks(self, gradients: Tensors) -> None:
+        ranks, present = [], []
+        for own in self._layers.own:
+            found = [g for g in (gradients[place] for place in own) if g is not None]
+            matrix = max(map(_dense, found), key=lambda g: (g.dim(), g.numel()), default=None)
+            present.append(matrix is not None and matrix.dim() > 1)
+            if present[-1]:
+                assert matrix is not None
+                ranks.append(elements.effective_rank(matrix).to(self._dtype))
+        self._fill("grad_rank", self._spread(present, ranks), np.array(present))
+
+    @torch.enable_grad()
+    def watch_passes(self, is_paused: Callable[[], bool]) -> None:
+        """Measure each backward pass of the step to come by itself."""
+        for place, parameter in enumerate(self._layers.parameters()):
+            if parameter is not None and parameter.requires_grad:
+                # What adds to `.grad`: hooks of the parameter itself see `autograd.grad` too.
+                node: Any = parameter.view_as(parameter).grad_fn
+                node = node.next_functions[0][0]
+                hook = partial(self._on_pass, place, is_paused)
+                self._hooks.append((node.register_prehook(hook), node))
+
+    def _on_pass(
+        self, place: int, is_paused: Callable[[], bool], gradients: tuple[Tensor | None, ...]
+    ) -> None:
+        gradient = gradients[0]
+        if gradient is not None and gradient.layout == torch.strided and not is_paused():
+            squares = gradient.detach().to(self._dtype).square().sum()
+            self._passes.setdefault(place, []).append(squares)
+
+    def end_passes(self) -> None:
+        """The step is over."""
+        while self._hooks:
+            self._hooks.pop()[0].remove()
+        self._passes.clear()
+
+    def _record_noise(self, norms: Tensor, scale: Tensor | None) -> None:
+        """From the n passes' gradients h, which sum up to H.
+
+        McCandlish et al.'s estimates (appendix A.1) with batches of 1 and of n passes, of which
+        n h and H are the gradients: |G|² = n (|H|² − Σ|h|²) / (n − 1), and
+        tr(Σ) = n (n Σ|h|² − |H|²) / (n − 1).
+        """
+        own = self._layers.own
+        counts = [len(self._passes.get(place, ())) for place in range(len(self._module))]
+        numbers = [{counts[place] for place in places if counts[place]} for places in own]
+        number = torch.tensor([max(n, default=0) for n in numbers], device=self._device)
+        measured = np.array([len(n) == 1 and max(n) > 1 for n in numbers])
+        parts = [torch.stack(self._passes[p]).sum() for p, count in enumerate(counts) if count]
+        of_passes = self._spread([c > 0 for c in counts], parts)
+        if scale is not None:
+            of_passes = of_passes / scale**2
+        single, together = self._sums(of_passes), norms**2
+        signal = together - single
+        noise = (number * single - together) / signal
+        self._fill("noise_scale", torch.where(signal > 0, noise, torch.nan), measured)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+def _format(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
