@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradflow import diagnosis, tables
+from gradflow import diagnosis, flight, tables
 from gradflow.errors import SpecError
 from gradflow.spec import RunSpec
 from gradflow.store import Run
@@ -119,6 +119,20 @@ def diagnosed(diagnoses: pd.DataFrame) -> dict[str, str]:
     return told
 
 
+def stories(found: pd.DataFrame) -> list[str]:
+    """A line for each story of `gradflow.flight.stories`, with depth, arm and seed."""
+    if found.empty:
+        return []
+    rows: list[dict[Any, Any]] = found.sort_values(["depth", "arm", "seed"]).to_dict("records")
+    return [f"{_whose(row)}: {row['story']}" for row in rows]
+
+
+def _whose(row: Mapping[Any, Any]) -> str:
+    depth = "" if pd.isna(row["depth"]) else f"depth {row['depth']}"
+    seed = "" if pd.isna(row["seed"]) else f"seed {row['seed']}"
+    return ", ".join(filter(None, [depth, str(row["arm"]), seed]))
+
+
 def evidence(diagnoses: pd.DataFrame) -> pd.DataFrame:
     """The diagnoses of one group of runs in words: a row a depth, arm, moment and diagnosis.
 
@@ -182,6 +196,7 @@ def summary(run: Run) -> list[str]:
     lines = [_ending(run), *tables.other_circumstances(run)]
     if run.steps_of("weights").size:
         lines += [line for examined in diagnosis.diagnose_run(run) for line in examined.lines()]
+    lines += flight.story(run.with_modules("flight"))
     return [*lines, *_readings(run), f"recorded in {run.path}"]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradflow import atlas, captions, diagnosis, status, tables
+from gradflow import atlas, captions, diagnosis, flight, status, tables
 from gradflow.errors import GradflowError, StoreError
 from gradflow.findings import Finding
 from gradflow.page import Page, publish
@@ -30,6 +30,8 @@ QUANTITY = "weight_grad_norm"
 TOLD_RUNS = 24
 """Runs of which a text tells what the gradient did in each; of more it would be neither short nor
 quick."""
+_STORIES = 8
+"""Runs that went wrong whose story the page tells, of each group."""
 DRAWN_GROUPS = 6
 """Groups of comparable runs that get figures; further ones are in the tables alone."""
 
@@ -52,6 +54,7 @@ class Material:
     curves: pd.DataFrame = field(default_factory=pd.DataFrame)
     blocks: pd.DataFrame = field(default_factory=pd.DataFrame)
     diagnoses: pd.DataFrame = field(default_factory=pd.DataFrame)
+    stories: pd.DataFrame = field(default_factory=pd.DataFrame)
     problems: list[str] = field(default_factory=list)
     probes: list[Run] = field(default_factory=list)
 
@@ -60,7 +63,7 @@ class Material:
         rows = self.overview["group"] == group
         parts = {
             name: frame[frame["group"] == group] if len(frame) else frame
-            for name in ("pairs", "profiles", "heat", "curves", "blocks", "diagnoses")
+            for name in ("pairs", "profiles", "heat", "curves", "blocks", "diagnoses", "stories")
             for frame in [getattr(self, name)]
         }
         members = [run for run, here in zip(self.members, rows, strict=True) if here]
@@ -252,6 +255,7 @@ _READERS: dict[str, Callable[[Run, set[str]], pd.DataFrame]] = {
     "curves": _curves,
     "blocks": _blocks,
     "diagnoses": lambda run, _: diagnosis.diagnoses(run),
+    "stories": lambda run, _: flight.stories(run),
     "heat": _heat,
 }
 """What is read of a run, given the layers that other runs of its comparison lack; of the heatmaps,
@@ -394,6 +398,8 @@ def _write_tables(page: Page, found: Material) -> None:
     page.csv("comparison", tables.comparison(found.overview, found.pairs))
     if len(found.diagnoses):
         page.csv("diagnoses", found.diagnoses)
+    if len(found.stories):
+        page.csv("stories", found.stories)
     for name in ("profiles", "curves"):
         if len(frame := getattr(found, name)):
             page.csv(name, frame, missing="NaN")  # measured: what was not, has no row
@@ -462,7 +468,7 @@ def _question(page: Page, groups: list[Material], drawn: int) -> None:
 
 
 def _diagnosis_section(page: Page, groups: list[Material]) -> None:
-    parts = [group for group in groups if len(group.diagnoses)]
+    parts = [group for group in groups if len(group.diagnoses) or len(group.stories)]
     if not parts:
         return
     page.section("diagnosis", "What is wrong with the gradient?")
@@ -473,12 +479,25 @@ def _diagnosis_section(page: Page, groups: list[Material]) -> None:
     )
     for group in parts:
         _heading(page, group)
+        _stories(page, group)
+        if group.diagnoses.empty:
+            continue
         words = captions.evidence(group.diagnoses)
         names = {"arm": "skip", "moment": "when", "sentence": "evidence"}
         page.table(words.rename(columns=names), ["depth"])
         page.items(captions.advice(words["diagnosis"]))
         for line in captions.reservations(group.diagnoses):
             page.text(line, note=True)
+
+
+def _stories(page: Page, group: Material) -> None:
+    """What led to each step at which something went wrong, of runs that kept a flight record."""
+    lines = captions.stories(group.stories)
+    if lines:
+        page.text("What led to the step at which a run went wrong, by its last steps:", note=True)
+        page.items(lines[:_STORIES])
+    if len(lines) > _STORIES:
+        page.text(f"{len(lines) - _STORIES} more are in stories.csv.", note=True)
 
 
 def _profile_section(
@@ -723,13 +742,15 @@ def text_report(runs: Runs) -> str:
 
 def _diagnosis_text(group: Material) -> Iterator[str]:
     """A paragraph: the group's title, a line a diagnosis."""
-    if group.diagnoses.empty:
+    if group.diagnoses.empty and group.stories.empty:
         return
     lines = [str(group.overview["title"].iloc[0]), "diagnosis"]
-    for row in captions.evidence(group.diagnoses).to_dict("records"):
+    words = captions.evidence(group.diagnoses) if len(group.diagnoses) else pd.DataFrame()
+    for row in words.to_dict("records"):
         depth = "" if row["depth"] == "–" else f"depth {row['depth']}"
         who = ", ".join(filter(None, [depth, row["arm"], row["moment"]]))
         lines.append(f"{who}: {row['diagnosis']} ({row['runs']}): {row['sentence']}")
+    lines += captions.stories(group.stories)
     yield "\n".join(filter(None, [*lines, *captions.reservations(group.diagnoses)]))
 
 

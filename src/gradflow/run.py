@@ -270,7 +270,7 @@ def _measure_initialisation(
     batches = Batches(
         data.train, batch_size=spec.batch_size, accumulate=spec.accumulate, seed=spec.seed
     )
-    quantities = [name for name in _quantities(spec) if name != "update_norm"]
+    quantities = [name for name in _quantities(spec) if not name.startswith("update_")]
     network.train()
     first_pass = _pass_of_loss if spec.probe.name is None else _pass_of_readout
     with Recorder(network, quantities, _schedules(spec), save=writer) as recorder:
@@ -381,7 +381,8 @@ def _autocast(spec: RunSpec, device: torch.device) -> contextlib.AbstractContext
 
 
 def _quantities(spec: RunSpec) -> tuple[str, ...]:
-    return {"none": (), "default": DEFAULT, "all": ALL}[spec.record.name]
+    norms = {"none": (), "default": DEFAULT, "all": ALL}[spec.record.name]
+    return (*norms, *(spec.record.details or ()))
 
 
 def _schedules(spec: RunSpec) -> dict[str, Schedule]:
@@ -391,6 +392,7 @@ def _schedules(spec: RunSpec) -> dict[str, Schedule]:
         "weights": weights,
         "outputs": every(rates.outputs or 0, first=FIRST_STEPS),
         "blocks": every(rates.blocks or 0, first=FIRST_STEPS),
+        "details": every(rates.details or 0, first=FIRST_STEPS),
     }
     if spec.record.name == "default":  # weights move slowly: every tenth time that gradients are
         seldom = every(10 * (rates.weights or 0), first=FIRST_STEPS)

@@ -26,6 +26,7 @@ KEYS: dict[str, dict[str, pa.DataType]] = {
     "blocks": {"step": pa.int32(), "layer": _LAYER},
     "steps": {"step": pa.int32()},
     "evaluations": {"step": pa.int32(), "split": _NAME},
+    "flight": {"step": pa.int32(), "layer": _LAYER, "quantity": _NAME},
     "probes": {
         "probe": _NAME,
         "step": pa.int32(),

@@ -43,6 +43,13 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "step", "cosine", "one_cycle")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 ON_DIVERGENCE = ("stop", "continue")
+DETAILS = (
+    "update_ratio", "grad_max", "grad_nonfinite", "grad_zeros", "grad_subnormals", "grad_cosine",
+    "noise_scale", "grad_rank", "output_max", "output_nonfinite", "output_spread",
+    "output_grad_zeros", "output_grad_subnormals", "dead_units", "branch_x_grad_norm",
+    "x_grad_cosine",
+)  # fmt: skip
+"""What is recorded where it is asked for only: `recording.quantities` describes each."""
 RECORDS = ("default", "none", "all")
 LOGGERS = ("none", "csv", "wandb")
 LAUNCHERS = ("local", "slurm")
@@ -197,6 +204,13 @@ def _milestones(value: Any) -> tuple[int, ...]:
     return steps
 
 
+def _details(value: Any) -> tuple[str, ...]:
+    known = isinstance(value, list | tuple) and value and set(value) <= set(DETAILS)
+    if not known:
+        raise ValueError(f"a list of {', '.join(DETAILS)}")
+    return tuple(name for name in DETAILS if name in value)
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("true, false")
@@ -345,19 +359,27 @@ class EverySpec:
     weights: int | None = key(None, _integer(0), "every so many steps; 0 never")
     outputs: int | None = key(None, _integer(0), "the same, and always the first five steps")
     blocks: int | None = key(None, _integer(0), "the same, and always the first five steps")
+    details: int | None = key(None, _integer(0), "the same, of record.details")
 
 
 @dataclass(frozen=True)
 class RecordSpec:
-    """What is recorded. `default`: norms of weights and their gradients every step, outputs and
-    blocks every tenth; `all`: every quantity at every step; `none`: loss and total norm only."""
+    """What is recorded. `default`: norms of weights' gradients every step, of weights, outputs and
+    blocks every tenth; `all`: all norms at every step; `none`: loss and total norm only."""
 
     name: str = key("default", _choice(RECORDS), "what to record")
     every: EverySpec = key(EverySpec, None, "how often each table is measured")
+    details: tuple[str, ...] | None = key(
+        None, _details, f"a list of what to record beside norms: {', '.join(DETAILS)}"
+    )
+    flight: int | None = key(
+        None, _integer(1), "steps whose norms are kept, and written where one is not finite"
+    )
 
     def __post_init__(self) -> None:
         _check_all(self, "record.")
-        usual = {"default": (1, 10, 10), "all": (1, 1, 1), "none": (0, 0, 0)}[self.name]
+        norms = {"default": (1, 10, 10), "all": (1, 1, 1), "none": (0, 0, 0)}[self.name]
+        usual = (*norms, None if self.details is None else 10)
         every = self.every
         if isinstance(every, Mapping):
             every = _part(EverySpec, every, "record.every.")
@@ -368,8 +390,14 @@ class RecordSpec:
             if self.name == "none" and value:
                 raise SpecError(f"record.every.{item.name}={value}: record=none records nothing")
             filled[item.name] = rate if value is None else value
+        if filled["details"] is not None and self.details is None:
+            raise SpecError(f"record.every.details={filled['details']}: record.details is not set")
+        for name in ("details", "flight"):
+            value = getattr(self, name)
+            if self.name == "none" and value is not None:
+                raise SpecError(f"record.{name}={_spelled(value)}: record=none records nothing")
         object.__setattr__(self, "every", EverySpec(**filled))
-        if not any(filled.values()):
+        if not any(filled.values()) and self.details is None and self.flight is None:
             object.__setattr__(self, "name", "none")
 
 

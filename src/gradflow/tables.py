@@ -37,6 +37,7 @@ WEIGHT, NORM, ASIDE = "weights", "norm", "aside"
 
 _COMPARED = ("depth", "seed", *SKIP_KEYS)
 _NO_MATTER = ("record", "record_every_weights", "record_every_outputs", "record_every_blocks",
+              "record_every_details", "record_details", "record_flight",
               "on_divergence")  # fmt: skip
 """Columns of the spec that change nothing about a run's result."""
 _SKIP_DEFAULTS = {"branch_scale": 1.0, "branch_layers": 1, "drop_rate": 0.5, "shortcut": "A"}

@@ -40,6 +40,7 @@ from gradflow.recording import buffers, elements
 from gradflow.recording import quantities as registry
 from gradflow.recording.buffers import Buffer, Drained, over_ranks
 from gradflow.recording.execution import is_batched, is_repeated, is_transformed, will_be_repeated
+from gradflow.recording.flight import Flight, Rule
 from gradflow.recording.layers import Layer, Layers
 from gradflow.recording.modules import Watch, all_tensors, ignore, is_compiled, stand_in, tensors_of
 from gradflow.recording.norms import check_group, gather, norm
@@ -99,6 +100,12 @@ class Recorder:
         save: a directory (`runs/NAME`) that becomes a run of the store with `origin: external`.
         meta: what describes that run, `{"depth": 56, "skip": "none", "seed": 0}`: the columns by
             which comparisons pair.
+        flight: a number of steps: all norms are then measured at every step, and what the schedule
+            does not ask for is kept that long, to be written as the table `flight` where loss or
+            gradient is not finite, or `rule` holds for the first time. `story` tells what led to
+            it.
+        rule: of the step's numbers, `lambda row: row["grad_norm"] > 1e3`. On a GPU it is asked
+            when buffers are emptied.
         scaler: the loop's GradScaler, if it has one: what is recorded is divided by its scale, but
             for parameters' gradients that it has unscaled already; and a gradient that overflows is
             the scaler's to skip, and no divergence.
@@ -116,6 +123,7 @@ class Recorder:
         latest: the last row of the table `steps`: the loss and the other numbers of the last step.
         divergence: where loss or gradient first became non-finite (`Divergence`), or None. Known
             after the step on a CPU, at the next flush on a GPU.
+        alarm: the first step at which `rule` held, or None. Known when `divergence` is.
         seconds: the recorder's own time so far.
 
     Raises:
@@ -133,6 +141,8 @@ class Recorder:
         save: str | Path | RunWriter | None = None,
         meta: Mapping[str, Any] | None = None,
         *,
+        flight: int | None = None,
+        rule: Rule | None = None,
         scaler: torch.amp.GradScaler | None = None,
         ranks: Ranks | None = None,
     ):
@@ -145,6 +155,7 @@ class Recorder:
                 )
         self.model = model
         self.divergence: Divergence | None = None
+        self.alarm: int | None = None
         self.seconds = 0.0
         self.next_step = 0
         self.latest: dict[str, Any] = {}
@@ -153,6 +164,9 @@ class Recorder:
         self._save = save if self._ranks.rank == 0 else None
         self._meta = dict(meta or {})
         self._updates = Updates(listed, scaler)
+        if rule is not None and flight is None:
+            raise SpecError("rule: give flight, the number of steps to keep for it")
+        self._flight, self._rule = None if flight is None else Flight(flight), rule
         self._writer: RunWriter | None = None
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._on_cpu = self._device.type == "cpu"
@@ -282,7 +296,11 @@ class Recorder:
         if asked not in self._answers:
             wanted = {s for s, is_asked in zip(self._different, asked, strict=True) if is_asked}
             self._answers[asked] = {
-                table: frozenset(q.name for q in b.chosen if self._schedules[q.name] in wanted)
+                table: frozenset(
+                    q.name
+                    for q in b.chosen
+                    if self._schedules[q.name] in wanted or (self._flight and q.is_norm)
+                )
                 for table, b in self._buffers.items()
             }
         return self._answers[asked]
@@ -540,13 +558,22 @@ class Recorder:
         if self._layers.sharded:
             self.latest.pop("grad_norm", None)  # of this rank's part alone
         finite = not self._on_cpu or self._non_finite(self.latest) is None
+        is_known = self._on_cpu and not self._layers.sharded
+        alarmed = is_known and self._alarms(self.latest, self.next_step)
         self._updates.recorded()
         self.next_step += 1
         self._attach()
         self.seconds += time.perf_counter() - began
-        if not finite and self.divergence is None:
+        if alarmed or (not finite and self.divergence is None):
             self.flush()
         return finite
+
+    def _alarms(self, row: Mapping[str, Any], step: int) -> bool:
+        """Whether the rule holds for the first time."""
+        if self._rule is None or self.alarm is not None or not self._rule(row):
+            return False
+        self.alarm = step
+        return True
 
     def _close_passes(self) -> None:
         """Make rows of what was seen in forward and backward passes since the step before."""
@@ -667,13 +694,19 @@ class Recorder:
             self._put_together(drained, steps)
         for name, found in drained.items():
             found.finish(self._buffers[name].chosen)
+        events = [] if self.alarm is None else [self.alarm]
+        if not self._on_cpu or self._layers.sharded:
+            events = [row["step"] for row in steps if self._alarms(row, row["step"])]
         if self.divergence is None:
             self.divergence = self._first_divergence(steps, drained)
+            events += [] if self.divergence is None else [self.divergence.step]
         if self._writer is not None and steps and self._layers.executed > self._modules_written:
             from gradflow import schema
 
             self._writer.write("modules", schema.table("modules", self._layers.columns()))
             self._modules_written = self._layers.executed
+        if self._flight is not None:
+            self._write_flight(self._flight, drained, steps, events)
         for name, found in drained.items():
             self._emit(name, self._long_columns(name, found))
         if steps:
@@ -683,6 +716,28 @@ class Recorder:
             self._evaluations = []
         self._flushed = time.monotonic()
         self.seconds += time.perf_counter() - began
+
+    def _write_flight(
+        self,
+        flight: Flight,
+        drained: dict[str, Drained],
+        steps: list[dict[str, Any]],
+        events: list[int],
+    ) -> None:
+        """Write what led to the events, if any; leave the tables what the schedules ask for."""
+        flight.keep(drained, steps)
+        layers = {name: self._layers.select(name) for name in self._buffers}
+        chosen = {name: buffer.chosen for name, buffer in self._buffers.items()}
+        for step in events:
+            self._emit("flight", flight.columns(step, layers, chosen))
+        flight.forget()
+        for name, found in drained.items():
+            for column, quantity in enumerate(chosen[name]):
+                asked = map(self._schedules[quantity.name], found.steps.tolist())
+                asked_for = np.fromiter(asked, bool, len(found.steps))
+                # Another array: the flight record has this one.
+                found.measured = found.measured.copy() if column == 0 else found.measured
+                found.measured[:, :, column] &= asked_for[:, None]
 
     def _put_together(self, drained: dict[str, Drained], steps: list[dict[str, Any]]) -> None:
         """Make values of this rank's part of the parameters those of the whole."""
@@ -810,7 +865,7 @@ class Recorder:
         """A table so far, as a frame: its own columns and, for layers, those of modules.parquet.
 
         Args:
-            name: weights, outputs, blocks, steps, evaluations or modules.
+            name: weights, outputs, blocks, steps, evaluations, flight or modules.
         """
         import pandas as pd
 
@@ -831,6 +886,15 @@ class Recorder:
         if data is None:
             return pd.DataFrame()
         return schema.to_pandas(schema.with_modules(data, modules))
+
+    def story(self) -> str:
+        """What led to the first divergence or alarm, in words; empty where there was none.
+
+        Wants `flight`.
+        """
+        from gradflow.flight import story
+
+        return "\n".join(story(self.table("flight")))
 
     def plot(self, step: int | None = None) -> Figure:
         """The profile: gradient norm of each module's weights against position, log scale.

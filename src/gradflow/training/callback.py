@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradflow.errors import SpecError
 from gradflow.ranks import Ranks
 from gradflow.recording import Recorder
+from gradflow.recording.flight import Rule
 from gradflow.recording.schedules import Schedule
 from gradflow.spec import ON_DIVERGENCE
 
@@ -32,7 +33,7 @@ class GradientFlow(pl.Callback):
     reduced, not yet clipped. Under DDP what is recorded is of the whole batch, and rank 0 keeps it.
 
     Args:
-        quantities, schedule, save, meta: as for `gradflow.Recorder`.
+        quantities, schedule, save, meta, flight, rule: as for `gradflow.Recorder`.
         on_divergence: `stop` ends the fit at the first step whose loss or gradient is not finite;
             `continue` goes on. Either way no update is applied at such a step, where it is
             noticed in time: each step on a CPU, at the next flush on a GPU.
@@ -57,6 +58,8 @@ class GradientFlow(pl.Callback):
         save: str | Path | RunWriter | None = None,
         meta: Mapping[str, Any] | None = None,
         *,
+        flight: int | None = None,
+        rule: Rule | None = None,
         on_divergence: str = "stop",
         model: nn.Module | None = None,
         values: Callable[[], Mapping[str, Tensor | float]] | None = None,
@@ -65,7 +68,10 @@ class GradientFlow(pl.Callback):
         if on_divergence not in ON_DIVERGENCE:
             allowed = ", ".join(ON_DIVERGENCE)
             raise SpecError(f"on_divergence={on_divergence}: allowed is {allowed}")
-        self._options = {"quantities": quantities, "schedule": schedule, "save": save, "meta": meta}
+        self._options: dict[str, Any] = {
+            "quantities": quantities, "schedule": schedule, "save": save, "meta": meta,
+            "flight": flight, "rule": rule,
+        }  # fmt: skip
         self._on_divergence, self._model = on_divergence, model
         self._values, self._repeat_forward = values, repeat_forward
         self._loss: Tensor | float = 0.0
@@ -78,7 +84,7 @@ class GradientFlow(pl.Callback):
             optimizer=trainer.optimizers,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             ranks=_ranks(trainer),
-            **self._options,  # type: ignore[arg-type]
+            **self._options,
         )
         if self._state is not None:
             self.recorder.load_state_dict(self._state)

@@ -150,6 +150,7 @@ class _Fit:
             quantities,
             schedule,
             writer,
+            flight=spec.record.flight,
             on_divergence=spec.on_divergence,
             model=network,
             values=lambda: {"accuracy": self.module.accuracy},
