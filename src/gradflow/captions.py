@@ -174,6 +174,8 @@ def advice(names: Iterable[str]) -> list[str]:
 
 def reservations(diagnoses: pd.DataFrame) -> list[str]:
     """What looks like trouble and is none, and what the records cannot tell: a sentence each."""
+    if diagnoses.empty:
+        return []
     remarks = list(dict.fromkeys(filter(None, diagnoses["remarks"])))
     lines = [f"No trouble: {remark}." for remark in remarks[:_REMARKS]]
     if len(remarks) > _REMARKS:
