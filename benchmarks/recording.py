@@ -1,6 +1,7 @@
 """What recording costs: a training step with a recorder over one without, beside its peers.
 
-`python -m benchmarks.recording [TASK …] [--steps 200] [--arms ARM …] [--out DIR]`. All arms take
+`python -m benchmarks.recording [TASK …] [--steps 200] [--arms ARM …] [--out DIR]`; `--details` has
+an arm for each quantity beyond norms, measured alone and at every step. All arms take
 their steps in one process on one thread, each on a copy of the network of its own with its own
 optimizer: a round is one step of every arm, in an order drawn anew, so that none is always behind
 another. What counts is the ratio of an arm's step to the bare step of the same round: its median
@@ -44,6 +45,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradflow import Recorder, build_network, networks, plots
+from gradflow.recording import quantities
+from gradflow.recording.quantities import QUANTITIES
 from gradflow.recording.schedules import Schedule, every
 from gradflow.run import set_up_process
 
@@ -113,6 +116,7 @@ class Recording:
 
     step: Callable[[Tensor], Any] = _nothing
     flush: Callable[[], None] = _nothing
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 Watch = Callable[[nn.Module, torch.optim.Optimizer], contextlib.AbstractContextManager[Recording]]
@@ -139,9 +143,10 @@ def _gradflow(
     optimizer: torch.optim.Optimizer,
     *,
     quantities: str | tuple[str, ...] = "default",
-    schedule: dict[str, Schedule] | None = None,
+    schedule: Schedule | dict[str, Schedule] | None = None,
+    flight: int | None = None,
 ) -> Iterator[Recording]:
-    with Recorder(network, quantities, schedule, optimizer) as recorder:
+    with Recorder(network, quantities, schedule, optimizer, flight=flight) as recorder:
         yield Recording(recorder.step, recorder.flush)
 
 
@@ -227,7 +232,26 @@ def _snippet_outputs(network: nn.Module, optimizer: torch.optim.Optimizer) -> It
         yield Recording(step)
 
 
-_ALWAYS = {table: every(1) for table in ("weights", "outputs", "blocks")}
+@contextlib.contextmanager
+def _hooks(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Recording]:
+    """What hooks in Python cost at least, on each output and its gradient."""
+
+    def forward(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(_nothing)
+
+    for module in network.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_hook(forward)
+    yield Recording()
+
+
+@contextlib.contextmanager
+def _anomaly(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Recording]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
+        yield Recording(around=torch.autograd.detect_anomaly)
+
+
 _WEIGHTS = ("weight_grad_norm", "weight_norm", "update_norm")
 
 ARMS: dict[str, Arm] = {
@@ -253,10 +277,19 @@ ARMS: dict[str, Arm] = {
         ours=True,
     ),
     "everything": Arm(
-        partial(_gradflow, quantities="all", schedule=_ALWAYS),
-        "all quantities of all tables, every step",
+        partial(_gradflow, quantities="all", schedule=every(1)),
+        "all norms of all tables, every step",
         ours=True,
     ),
+    "flight": Arm(
+        partial(_gradflow, flight=16),
+        "default, with a flight recorder: all its norms every step, the last 16 kept",
+        ours=True,
+    ),
+    "empty hooks": Arm(
+        _hooks, "on each output and its gradient, a hook that does nothing: the least for outputs"
+    ),
+    "anomaly mode": Arm(_anomaly, "torch.autograd.detect_anomaly, which names what gives NaN"),
     "snippet": Arm(_snippet, "the usual loop: gradient norm of each parameter, every step"),
     "snippet, outputs": Arm(
         _snippet_outputs, "the loop, and hooks for outputs and their gradients, every step"
@@ -279,6 +312,17 @@ ARMS: dict[str, Arm] = {
     ),
 }
 
+DETAILS = {
+    name: Arm(
+        partial(_gradflow, quantities=(name,), schedule=every(1)),
+        f"{name} of each {'block' if QUANTITIES[name].table == 'blocks' else 'module'} alone, "
+        "every step",
+        ours=True,
+    )
+    for name in quantities.DETAILS
+}
+ARMS |= DETAILS
+
 
 # --- measuring ------------------------------------------------------------------------------------
 
@@ -296,9 +340,10 @@ class _Trainee:
         """One training step; its seconds."""
         began = time.perf_counter()
         self.optimizer.zero_grad()
-        logits = self.network(self._inputs)
-        loss = functional.cross_entropy(logits.reshape(len(self._labels), -1), self._labels)
-        loss.backward()
+        with self.recording.around():
+            logits = self.network(self._inputs)
+            loss = functional.cross_entropy(logits.reshape(len(self._labels), -1), self._labels)
+            loss.backward()
         self.recording.step(loss)
         self.optimizer.step()
         return time.perf_counter() - began
@@ -484,13 +529,16 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recording")
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+    usual = [name for name in ARMS if name not in DETAILS]
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=usual, metavar="ARM")
+    parser.add_argument("--details", action="store_true", help="an arm for each of these instead")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     if set(given.tasks) - set(TASKS):
         parser.error(f"TASK: choose from {', '.join(TASKS)}")
     set_up_process(threads=1)
-    names, parts = available(given.arms), []
+    arms = ["none", *DETAILS] if given.details else given.arms
+    names, parts = available(arms), []
     for task in given.tasks or TASKS:
         parts.append(compare(task, names, given.steps))
         print(f"\n{TASKS[task].title}")

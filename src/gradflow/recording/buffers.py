@@ -70,7 +70,11 @@ class Buffer:
         self._elements = np.zeros(shape, dtype=np.float64)
         self._seen: dict[int, Tensor] = {}  # row -> elements by rank and place, −1 for none
         self._is_gradient = torch.tensor([q.is_gradient for q in chosen], device=device)
-        self._combine = [_COMBINE[quantity.reduction][not self._on_cpu] for quantity in chosen]
+        self._combine = {  # column -> how; ratios are never added up
+            column: _COMBINE[quantity.reduction][not self._on_cpu]
+            for column, quantity in enumerate(chosen)
+            if quantity.reduction in _COMBINE
+        }
         self._loose: dict[int, Value] = {}  # place in a row -> value
         self._counts: dict[int, int] = {}  # place in a row -> elements
         self._places: tuple[list[int], Tensor] = ([], torch.zeros(0, dtype=torch.int64))

@@ -187,8 +187,8 @@ class Recorder:
             self._layers, self._buffers.get("weights"), self._ranks.world, self._device
         )
         self._different = list(dict.fromkeys(self._schedules.values()))
-        self._answers: dict[tuple[bool, ...], dict[str, frozenset[str]]] = {}  # for each of these
-        self._wanted: dict[str, frozenset[str]] = {}  # table -> what the step under way measures
+        self._answers: dict[tuple[bool, ...], _Wanted] = {}  # for each of these
+        self._wanted = _Wanted({})
         self._step_rows: list[dict[str, Any]] = []
         self._evaluations: list[dict[str, Any]] = []
         self._metrics: dict[str, float] = {}
@@ -290,29 +290,29 @@ class Recorder:
         }
         return {table: columns for table, columns in kept.items() if columns}
 
-    def _wanted_at(self, step: int) -> dict[str, frozenset[str]]:
-        """What is measured at a step, by table."""
+    def _wanted_at(self, step: int) -> _Wanted:
+        """What is measured at a step."""
         asked = tuple(schedule(step) for schedule in self._different)
         if asked not in self._answers:
             wanted = {s for s, is_asked in zip(self._different, asked, strict=True) if is_asked}
-            self._answers[asked] = {
-                table: frozenset(
-                    q.name
-                    for q in b.chosen
-                    if self._schedules[q.name] in wanted or (self._flight and q.is_norm)
-                )
-                for table, b in self._buffers.items()
-            }
+            self._answers[asked] = _Wanted(
+                {
+                    table: frozenset(
+                        q.name
+                        for q in b.chosen
+                        if self._schedules[q.name] in wanted or (self._flight and q.is_norm)
+                    )
+                    for table, b in self._buffers.items()
+                }
+            )
         return self._answers[asked]
 
     def _attach(self) -> None:
         """Put hooks on what the step to come measures, and on layers whose place is unknown."""
         self._wanted = self._wanted_at(self.next_step)
-        if "noise_scale" in self._wanted.get("weights", ()):
+        if "noise_scale" in self._wanted.of("weights"):
             self._weights.watch_passes(lambda: self._paused)
-        measures_outputs, measures_blocks = (
-            bool(self._wanted.get(table)) for table in ("outputs", "blocks")
-        )
+        measures_outputs, measures_blocks = map(bool, map(self._wanted.of, ("outputs", "blocks")))
         attached = measures_outputs, measures_blocks, self._layers.executed
         if self._attached == attached:
             return
@@ -351,8 +351,8 @@ class Recorder:
 
     def _watching(self) -> bool:
         return (
-            torch.is_grad_enabled()
-            and not self._paused
+            not self._paused
+            and torch.is_grad_enabled()
             and not is_transformed()
             and not is_repeated()
         )
@@ -402,19 +402,17 @@ class Recorder:
         row = self._layers.rows[index]
         if not self._layers.is_placed(row):
             self._layers.called(row, tensors, joining=self._joining)
-        wanted = self._wanted.get("outputs")
-        if not wanted:
-            return
+        wanted = self._wanted
         for tensor in tensors:
-            self._add("outputs", index, wanted & _OF_OUTPUTS.keys(), tensor.detach())
-            if tensor.requires_grad:
-                self._watch_gradient("outputs", index, wanted & _OF_GRADIENTS.keys(), tensor)
-        if tensors and wanted & {"output_spread", "dead_units"}:
-            self._look_at_units(index, module, tensors[0], wanted)
+            if wanted.outputs:
+                self._add("outputs", index, wanted.outputs, tensor.detach())
+            if wanted.gradients and tensor.requires_grad:
+                self._watch_gradient("outputs", index, wanted.gradients, tensor)
+        if tensors and wanted.units:
+            self._look_at_units(index, module, tensors[0])
 
-    def _look_at_units(
-        self, index: int, module: nn.Module, output: Tensor, wanted: frozenset[str]
-    ) -> None:
+    def _look_at_units(self, index: int, module: nn.Module, output: Tensor) -> None:
+        wanted = self._wanted.units
         if "output_spread" in wanted:
             spread = elements.spread(output.detach(), self._samples)
             if spread is not None:
@@ -439,7 +437,7 @@ class Recorder:
         self._layers.called(row, None, joining=True)
         outer, self._joining = self._joining, True
         try:
-            if not self._wanted.get("blocks"):
+            if not self._wanted.of("blocks"):
                 return original(x, branch)
             return self._measure_terms(index, original, x, branch)
         finally:
@@ -448,7 +446,7 @@ class Recorder:
     def _measure_terms(
         self, index: int, original: Callable[..., Any], x: Tensor, branch: Tensor
     ) -> tuple[Tensor | None, Tensor]:
-        buffer, wanted = self._buffers["blocks"], self._wanted["blocks"]
+        buffer, wanted = self._buffers["blocks"], self._wanted.of("blocks")
         if wanted & {"branch_x_grad_norm", "x_grad_cosine"} and x.requires_grad:
             x = self._watch_split(index, wanted, x)
         # A view of its own sees the gradient that comes this way alone; none comes where the term
@@ -457,13 +455,15 @@ class Recorder:
         for name, tensor in (("skip_grad_norm", x), ("branch_grad_norm", branch)):
             if name in wanted and tensor.requires_grad:
                 buffer.expect(index, name)
-                self._watch_gradient("blocks", index, {name}, tensor)
+                self._watch_gradient("blocks", index, ((name, norm),), tensor)
         skip_term, branch_term = original(x, branch)
-        if skip_term is not None:
-            self._add("blocks", index, wanted & {"skip_rms"}, skip_term.detach())
-        elif "skip_rms" in wanted:
-            buffer.expect(index, "skip_rms")
-        self._add("blocks", index, wanted & {"branch_rms"}, branch_term.detach())
+        if "skip_rms" in wanted:
+            if skip_term is None:
+                buffer.expect(index, "skip_rms")
+            else:
+                self._add("blocks", index, (("skip_rms", norm),), skip_term.detach())
+        if "branch_rms" in wanted:
+            self._add("blocks", index, (("branch_rms", norm),), branch_term.detach())
         return skip_term, branch_term
 
     def _watch_split(self, index: int, wanted: frozenset[str], x: Tensor) -> Tensor:
@@ -484,19 +484,18 @@ class Recorder:
         self._on_backward(x, look)
         return view
 
-    def _add(self, table: str, index: int, names: Iterable[str], tensor: Tensor) -> None:
+    def _add(self, table: str, index: int, measures: _Measures, tensor: Tensor) -> None:
         began = time.perf_counter()
-        for name in names:
-            self._put(table, index, name, _MEASURES[name](tensor), tensor.numel())
+        for name, measure in measures:
+            self._put(table, index, name, measure(tensor), tensor.numel())
         self.seconds += time.perf_counter() - began
 
     def _put(self, table: str, index: int, name: str, value: Tensor, count: int) -> None:
         known = value.item() if self._on_cpu and not value.dim() else value
         self._buffers[table].add(index, name, known, count)
 
-    def _watch_gradient(self, table: str, index: int, names: Iterable[str], tensor: Tensor) -> None:
-        if names:
-            self._on_backward(tensor, partial(self._add, table, index, names))
+    def _watch_gradient(self, table: str, index: int, measures: _Measures, tensor: Tensor) -> None:
+        self._on_backward(tensor, partial(self._add, table, index, measures))
 
     def _on_backward(self, tensor: Tensor, look: Callable[[Tensor], None]) -> None:
         """Have `look` see the gradient with respect to a tensor, in the step under way."""
@@ -579,7 +578,7 @@ class Recorder:
         """Make rows of what was seen in forward and backward passes since the step before."""
         scale = self._updates.loss_scale(self._device)
         for table, buffer in self._buffers.items():
-            if table != "weights" and self._wanted[table]:
+            if table != "weights" and self._wanted.of(table):
                 buffer.close(self.next_step, self._ranks.world, scale)
         self._layers.close()
         if self._passes:
@@ -595,13 +594,13 @@ class Recorder:
         self._say_what_is_unread(found.measured)
         follows = self._schedules.get("grad_cosine")
         keep = follows is not None and follows(self.next_step + 1)
-        wanted = self._wanted.get("weights", frozenset())
+        wanted = self._wanted.of("weights")
         self._weights.record(wanted, self.next_step, gradients, found, (left, scale), keep)
         return norm(found.norms) if found.measured.any() else None
 
     def _say_what_is_unread(self, has_gradient: np.ndarray) -> None:
         """Name, once, the layers with a gradient whose outputs should be measured and are not."""
-        if self._told or self._was_paused or not self._wanted.get("outputs"):
+        if self._told or self._was_paused or not self._wanted.of("outputs"):
             return
         self._told = True
         unread = [
@@ -952,9 +951,22 @@ _OF_GRADIENTS = {
     "output_grad_zeros": elements.zeros,
     "output_grad_subnormals": elements.subnormals,
 }
-_OF_BLOCKS = dict.fromkeys(("skip_rms", "branch_rms", "skip_grad_norm", "branch_grad_norm"), norm)
-_MEASURES = {**_OF_OUTPUTS, **_OF_GRADIENTS, **_OF_BLOCKS}
 """What makes a number of a tensor."""
+_Measures = tuple[tuple[str, Callable[[Tensor], Tensor]], ...]
+
+
+class _Wanted:
+    """What a step measures, by table; of outputs apart by what it is made of."""
+
+    def __init__(self, tables: Mapping[str, frozenset[str]]):
+        self._tables = tables
+        names = self.of("outputs")
+        self.outputs: _Measures = tuple((n, f) for n, f in _OF_OUTPUTS.items() if n in names)
+        self.gradients: _Measures = tuple((n, f) for n, f in _OF_GRADIENTS.items() if n in names)
+        self.units = names & {"output_spread", "dead_units"}
+
+    def of(self, table: str) -> frozenset[str]:
+        return self._tables.get(table, frozenset())
 
 
 def _kept(value: Tensor | float) -> Any:
