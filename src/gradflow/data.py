@@ -197,7 +197,11 @@ def seed_step(seed: int, update: int, place: int) -> None:
     Args:
         place: the batch's among those accumulated for the update.
     """
-    torch.manual_seed(derived_seed("step", seed, update, place))
+    value = derived_seed("step", seed, update, place)
+    if torch.accelerator.is_available():
+        torch.manual_seed(value)
+    else:  # the same, without keeping a stack trace for each accelerator that might come: 1 ms
+        torch.default_generator.manual_seed(value)
 
 
 def consumed_digest(before: str, indices: np.ndarray) -> str:
