@@ -606,12 +606,14 @@ def blocks(frame: pd.DataFrame, *, title: str = "") -> Figure:
 
 _OWN = ("0.2", "-", "o")
 _SKIP_COLOR, _BRANCH_COLOR = _TERMS["skip"][0], _TERMS["branch"][0]
+_BRANCH = {"color": _BRANCH_COLOR, "linewidth": 0.9, "linestyle": (0, (4, 1.5)), "marker": "s",
+           "markersize": 3}  # fmt: skip
 # An undosed skip and its branch receive the same gradient: each must show where both lines are one.
 _WAYS: dict[str, dict[str, Any]] = {
     "skip_grad_norm": {"label": "input, through the skip", "color": _SKIP_COLOR,
                        "linewidth": 4, "alpha": 0.35},
-    "branch_grad_norm": {"label": "branch", "color": _BRANCH_COLOR, "linewidth": 0.9,
-                         "linestyle": (0, (4, 1.5)), "marker": "s", "markersize": 3},
+    "branch_grad_norm": {"label": "branch"} | _BRANCH,
+    "branch_x_grad_norm": {"label": "input, through the branch"} | _BRANCH,
 }  # fmt: skip
 
 
@@ -625,7 +627,8 @@ def record(weights: pd.DataFrame, blocks: pd.DataFrame, *, title: str = "") -> F
 
     Args:
         weights: step, layer, position, kind, weight_grad_norm.
-        blocks: step, layer, position, and any of skip_grad_norm, branch_grad_norm, skip_rms.
+        blocks: step, layer, position, and any of skip_grad_norm, branch_x_grad_norm (in its place
+            branch_grad_norm, where it was not recorded), skip_rms.
 
     Raises:
         GradflowError: the weights' gradient was not recorded.
@@ -664,6 +667,8 @@ def _weight_layers(weights: pd.DataFrame) -> pd.DataFrame:
 
 def _joins(blocks: pd.DataFrame) -> pd.DataFrame:
     """The rows of blocks that have a gradient to show; none where no skip carries anything."""
+    if "branch_x_grad_norm" in blocks:  # the other part of what comes to the input
+        blocks = blocks.drop(columns="branch_grad_norm", errors="ignore")
     ways = [way for way in _WAYS if way in blocks]
     carried = [tables.measured(blocks, c)[c] for c in ("skip_rms", "skip_grad_norm") if c in blocks]
     if not ways or all(bool((values == 0).all()) for values in carried):

@@ -164,6 +164,8 @@ class Recorder:
         self._save = save if self._ranks.rank == 0 else None
         self._meta = dict(meta or {})
         self._updates = Updates(listed, scaler)
+        if flight is not None and flight < 1:
+            raise SpecError(f"flight={flight}: wants a number of steps, from 1")
         if rule is not None and flight is None:
             raise SpecError("rule: give flight, the number of steps to keep for it")
         self._flight, self._rule = None if flight is None else Flight(flight), rule
