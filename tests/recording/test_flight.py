@@ -76,9 +76,9 @@ def test_the_last_steps_are_written_whole_where_something_is_not_finite(break_at
 
 def test_tables_hold_what_the_schedule_asks_for_as_without_it() -> None:
     with Recorder(network()) as usual:
-        train(usual, 300, 290)
+        train(usual, 300, 293)
     with Recorder(network(), flight=K) as recorder:
-        train(recorder, 300, 290)
+        train(recorder, 300, 293)
     for table in ("weights", "outputs", "steps"):
         pd.testing.assert_frame_equal(recorder.table(table), usual.table(table))
     assert recorder.divergence is not None
