@@ -19,7 +19,7 @@ demo: $(READY)
 	@$(PY) -m experiments.demo
 
 test: $(READY)
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)
 	@$(PY) -m pytest -m slow

@@ -65,7 +65,7 @@ def act(seed, path):
         print("the last words")
         os.kill(os.getpid(), signal.SIGKILL)
     if seed == SLOW:
-        time.sleep(2.5)  # some looks of the sweep at what others are at work on
+        time.sleep(1.0)  # some looks of the sweep at what others are at work on
     if seed == FORKS:
         child = os.fork()
         if not child:

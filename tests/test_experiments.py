@@ -62,11 +62,11 @@ def test_from_a_file_to_a_verdict(call, tmp_path):
     code, said, _ = call()
     assert code == 0
     assert "kept: not run\n      A linear chain of orthogonal maps" in said
-    code, said, _ = call("kept", "--quick", "--check")
+    code, said, _ = call("kept", "--quick", "--check", "--jobs", "1")
     assert code == 0
     assert "kept: reproduced, quick" in said
     assert len(load_runs(tmp_path / "runs")) == 6
-    code, said, _ = call("--all", "--check")
+    code, said, _ = call("--all", "--check", "--jobs", "1")
     assert code == 0
     assert "1 finding: 1 reproduced.\n8 runs: 8 done; 6 of them from before." in said
     code, said, _ = call()

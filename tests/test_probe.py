@@ -132,7 +132,7 @@ def test_gaussian_images_are_what_theory_assumes():
 
 def test_from_the_command_line(command, tmp_path):
     keys = ["network=mlp", "depth=6", "width=16", "norm=none", "skip=false", "threads=1"]
-    done = command("-m", "gradflow", "-m", *keys, "probe=cosine,propagation")
+    done = command("-m", "gradflow", "-m", *keys, "probe=cosine,propagation", "jobs=1")
     assert done.returncode == 0, done.stderr
     assert "2 runs: 2 done." in done.stdout
     wrong = command("-m", "gradflow", *keys, "probe=cosin")

@@ -297,8 +297,8 @@ def test_usr2_interrupts_the_job_once_and_kills_no_worker():
         "from gradflow.slurm import _Stop\n"
         "stop = _Stop()\n"
         "worker = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
-        "print(worker.pid, flush=True)\n"
         "try:\n"
+        "    print(worker.pid, flush=True)\n"  # the signals may come at once
         "    time.sleep(60)\n"
         "except KeyboardInterrupt:\n"
         "    worker.communicate(b'go on')\n"

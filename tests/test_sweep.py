@@ -227,13 +227,13 @@ def test_a_run_that_hangs_fails_at_its_timeout_and_does_not_stop_the_others(
 ):
     monkeypatch.setattr(module, "GRACE", 1.0)
     specs = [spec(seed, depth=56), spec(0), spec(1)]
-    result = sweep(specs, runs_dir=str(tmp_path), jobs=1, timeout=3)
+    result = sweep(specs, runs_dir=str(tmp_path), jobs=1, timeout=1.5)
     assert [run.status for run in result.runs] == ["failed", "done", "done"]
     ((failed, error),) = result.failures
     assert failed == specs[0]
-    assert error.splitlines()[-1] == "timeout: it took longer than 3 s"
+    assert error.splitlines()[-1] == "timeout: it took longer than 1.5 s"
     record = result.runs[0].record
-    assert (record["failure"], record["error"]) == ("timeout", "timeout: it took longer than 3 s")
+    assert (record["failure"], record["error"]) == ("timeout", "timeout: it took longer than 1.5 s")
     assert gone(record["pid"])
 
 
@@ -298,8 +298,11 @@ def test_a_run_whose_owner_left_before_it_wrote_anything_is_computed(cheap, tmp_
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted"])
-def test_what_an_attempt_before_left_is_not_taken_for_the_outcome(cheap, tmp_path, status):
+def test_what_an_attempt_before_left_is_not_taken_for_the_outcome(
+    cheap, monkeypatch, tmp_path, status
+):
     """The owner holds the run, and run.json is still of an earlier attempt."""
+    monkeypatch.setattr(module, "_LOOK", 0.2)
     path = tmp_path / spec(0).name
     RunWriter(path, spec(0).to_dict()).finish(status, failure="killed", error="OLD")
     held, events = hold(path), []
