@@ -239,6 +239,24 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
+def test_a_diagnosis_in_a_watched_loop_is_no_part_of_the_step():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 10))
+    x, y = patients.vectors(8)
+    tables = []
+    for diagnosed in (False, True):
+        with gradflow.Recorder(net, schedule=lambda step: True) as recorder:
+            for _ in range(2):
+                net.zero_grad()
+                loss = functional.cross_entropy(net(x), y)
+                if diagnosed:
+                    gradflow.diagnose(net[:2], x)  # a part of what is watched
+                loss.backward()
+                recorder.step(loss)
+        tables.append([recorder.table(name) for name in ("modules", "weights", "outputs", "steps")])
+    for one, other in zip(*tables, strict=True):
+        assert one.equals(other)
+
+
 def test_the_model_is_left_as_it_was_where_the_loss_fails():
     net = nn.Linear(8, 10)
     with pytest.raises(ValueError, match="batch_size"):

@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 import pandas as pd
+import pytest
 import torch
-from recorded import cells, column, near, norm, record, rms
+from recorded import ALWAYS, cells, column, loop, near, norm, record, rms
 from torch import Tensor, nn
 
 from gradflow import Recorder, build_network
@@ -345,3 +346,19 @@ def test_a_parameter_put_in_another_s_place_is_read() -> None:
     assert network[0].weight.grad is not None
     gradients = cells(recorder.table("weights"), "weight_grad_norm")
     assert gradients[1, "0"] == near(norm(network[0].weight.grad), rel=1e-6)
+
+
+def test_a_replaced_module_is_named_and_null() -> None:
+    """Another head in mid-training: its predecessor's numbers would be those of nothing."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    with Recorder(network, schedule=ALWAYS) as recorder:
+        loop(recorder, 2)
+        network[1] = nn.Linear(4, 2)
+        with pytest.warns(UserWarning, match=r"modules were replaced .*another Recorder.*: 1$"):
+            recorder.flush()
+        loop(recorder, 1)
+        recorder.flush()
+    frame = recorder.table("weights")
+    assert list(zip(frame["step"], frame["layer"], strict=True)) == [
+        (0, "0"), (0, "1"), (1, "0"), (1, "1"), (2, "0")
+    ]  # fmt: skip

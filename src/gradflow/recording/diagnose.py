@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradflow.errors import GradflowError
 from gradflow.recording.probes import gradient_cosine
 from gradflow.recording.probes.passes import Reading, output_of, readout, untouched
-from gradflow.recording.recorder import Recorder
+from gradflow.recording.recorder import Recorder, unseen
 from gradflow.recording.slopes import Slopes
 
 if TYPE_CHECKING:
@@ -49,9 +49,20 @@ def diagnose(
     Raises:
         GradflowError: no parameter has a gradient.
     """
+    inputs, *targets = batch if isinstance(batch, tuple | list) else (batch,)
+    with unseen(model):
+        return _diagnosed(model, inputs, targets, loss, seed)
+
+
+def _diagnosed(
+    model: nn.Module,
+    inputs: Any,
+    targets: Sequence[Any],
+    loss: Callable[..., Tensor] | None,
+    seed: int,
+) -> Examination:
     from gradflow.diagnosis import diagnose_tables
 
-    inputs, *targets = batch if isinstance(batch, tuple | list) else (batch,)
     recorder = Recorder(model, _QUANTITIES, schedule=lambda step: True)
     saturation = _Saturation(recorder)
     with _without_gradients(model), untouched(model), recorder:

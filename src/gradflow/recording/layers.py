@@ -120,6 +120,15 @@ class Layers:
         self._waits = False
         return found
 
+    def drop_replaced(self) -> list[str]:
+        """Let go of the parameters of modules that are in the model no more: the layers' names."""
+        present = {id(module) for module in self._model.modules()}
+        gone = [i for i, owner in enumerate(self.owners) if id(owner) not in present]
+        gone = [i for i in gone if any(self._slots[place][0] for place in self.own[i])]
+        for place in (place for i in gone for place in self.own[i]):
+            self._slots[place] = ({}, "")
+        return [self.rows[i].layer for i in gone]
+
     def select(self, table: str) -> list[Layer]:
         """The rows that a table has values of."""
         count = len(self.owners)

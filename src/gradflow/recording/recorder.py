@@ -22,6 +22,7 @@ import math
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
 
 _NAMED = 5  # layers that a message names at most
+_WATCHING: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ class Recorder:
         else:
             self._writer = self._save
         self._started = self._flushed = time.monotonic()
+        _WATCHING.add(self)
         before, after = Watch(self._before_pass, ignore), Watch(self._on_pass, ignore)
         self._undo.append(self.model.register_forward_pre_hook(before, with_kwargs=True).remove)
         self._undo.append(self.model.register_forward_hook(after, always_call=True).remove)
@@ -259,6 +262,7 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        _WATCHING.discard(self)
         for terms, around in self._terms:
             terms.switch(around, on=False)
         for undo in (*self._undo, *self._hooks.values(), *self._entering.values()):
@@ -319,6 +323,7 @@ class Recorder:
         if self._attached == attached:
             return
         self._attached = attached
+        self._say_what_is_replaced()
         for (terms, around), row in zip(self._terms, self._layers.select("blocks"), strict=True):
             terms.switch(around, on=measures_blocks or not self._layers.is_placed(row))
         rows = self._layers.select("outputs")
@@ -611,12 +616,19 @@ class Recorder:
             if has_one and self._layers.nearest(row.layer) is None
         ]
         if unread:
-            shown = ", ".join(unread[:_NAMED])
-            more = len(unread) - _NAMED
-            shown += f" and {more} more" if more > 0 else ""
             warnings.warn(
                 "gradflow: outputs are not recorded of layers that torch.compile runs, or that are "
-                f"used without being called: {shown}",
+                f"used without being called: {_shown(unread)}",
+                stacklevel=4,
+            )
+
+    def _say_what_is_replaced(self) -> None:
+        """Name, once, the layers whose module is in the model no more: null from now on."""
+        gone = self._layers.drop_replaced()
+        if gone:
+            warnings.warn(
+                "gradflow: modules were replaced after the recorder was made, and are not recorded "
+                f"any more (another Recorder sees those in their place): {_shown(gone)}",
                 stacklevel=4,
             )
 
@@ -689,6 +701,7 @@ class Recorder:
     def flush(self) -> None:
         """Empty the buffers into tables (and files). Waits for the device."""
         began = time.perf_counter()
+        self._say_what_is_replaced()
         drained = {name: buffer.drain() for name, buffer in self._buffers.items()}
         steps, self._step_rows = _plain(self._step_rows), []
         if self._layers.sharded and steps:
@@ -943,6 +956,17 @@ class Recorder:
 # --- helpers --------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """Passes of a model in this block leave no trace with recorders that watch any part of it."""
+    parts = set(model.modules())
+    with contextlib.ExitStack() as stack:
+        for recorder in list(_WATCHING):
+            if not parts.isdisjoint(recorder.model.modules()):
+                stack.enter_context(recorder.paused())
+        yield
+
+
 _OF_OUTPUTS = {
     "output_rms": norm,
     "output_max": elements.largest,
@@ -969,6 +993,11 @@ class _Wanted:
 
     def of(self, table: str) -> frozenset[str]:
         return self._tables.get(table, frozenset())
+
+
+def _shown(layers: Sequence[str]) -> str:
+    more = len(layers) - _NAMED
+    return ", ".join(layers[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _kept(value: Tensor | float) -> Any:
