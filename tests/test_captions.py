@@ -69,7 +69,7 @@ def test_a_summary_reads_each_table_once(tmp_path, monkeypatch):
     path, read, original = report_store.write_run(tmp_path, depth=20, skip="none"), [], Run._read
     monkeypatch.setattr(Run, "_read", lambda run, name: read.append(name) or original(run, name))
     captions.summary(Run(path))
-    assert sorted(read) == ["modules", "outputs", "probes", "weights"]
+    assert sorted(read) == ["flight", "modules", "outputs", "probes", "weights"]
 
 
 # --- diagnoses ------------------------------------------------------------------------------------

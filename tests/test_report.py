@@ -13,10 +13,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import report_store
+import torch
 from html_page import Page
 
 from gradflow import captions, cli, diagnosis, page, plots, report, schema, store
 from gradflow.errors import GradflowError
+from gradflow.recording import Recorder
 from gradflow.spec import RunSpec
 from gradflow.store import Run, load_runs
 
@@ -147,8 +149,34 @@ def test_each_table_of_a_run_is_read_once(tmp_path, monkeypatch):
     assert len(set(found.heat["run"])) == 1
     assert sorted(read) == sorted(set(read))
     assert {name for _, name in read} == {
-        "modules", "weights", "outputs", "blocks", "steps", "evaluations", "probes",
+        "modules", "weights", "outputs", "blocks", "steps", "evaluations", "probes", "flight",
     }  # fmt: skip
+
+
+def test_what_led_to_a_divergence_is_told(tmp_path):
+    """A user's loop whose rate is far too large, in the page, the text and a file."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(net.parameters(), lr=100.0)
+    meta = {"depth": 2, "skip": False, "seed": 7}
+    recorder = Recorder(net, optimizer=optimizer, flight=4, save=tmp_path / "runs/own", meta=meta)
+    with recorder:
+        while recorder.divergence is None:
+            optimizer.zero_grad()
+            loss = net(torch.ones(8, 4)).square().mean()
+            loss.backward()
+            recorder.step(loss)
+            optimizer.step()
+    found = recorder.divergence
+    told = f"Step {found.step}: {found.quantity} of {found.layer} is the first that is not finite"
+    runs = load_runs(tmp_path / "runs")
+    assert f"depth 2, plain, seed 7: {told}" in report.text_report(runs)
+    assert captions.summary(next(iter(runs)))[-4].startswith(told)
+    report.write_report(runs, tmp_path / "report")
+    assert told in (tmp_path / "report/index.html").read_text()
+    stories = pd.read_csv(tmp_path / "report/tables/stories.csv")
+    assert stories["step"].tolist() == [found.step]
+    assert stories["story"][0].startswith(told)
 
 
 def test_what_is_not_told_is_not_diagnosed(tmp_path, monkeypatch):

@@ -91,6 +91,8 @@ def test_every_key_that_is_used_changes_the_id():
         {"schedule": "cosine", "warmup": 5}, {"clip": 1.0}, {"precision": "bf16"}, {"epochs": 3},
         {"max_steps": 0}, {"on_divergence": "continue"}, {"seed": 1}, {"record": "all"},
         {"record": "none"}, {"record": {"every": {"weights": 2}}}, {"network": "imagenet"},
+        {"record": {"details": ["grad_max"]}}, {"record": {"flight": 8}},
+        {"record": {"details": ["grad_max"], "every": {"details": 3}}},
         {"network": "mlp"}, {"network": "mlp", "branch_layers": 2},
         {"network": {"target": "a.f"}}, {"network": {"target": "a.f", "args": {"x": 1}}},
     ]  # fmt: skip
@@ -152,7 +154,9 @@ def test_defaults_are_written_out():
     assert values["epochs"] == 12
     assert values["record"] == {
         "name": "default",
-        "every": {"weights": 1, "outputs": 10, "blocks": 10},
+        "every": {"weights": 1, "outputs": 10, "blocks": 10, "details": None},
+        "details": None,
+        "flight": None,
     }
     assert values["groups"] is None
 
@@ -236,6 +240,14 @@ def test_a_key_that_the_network_does_not_use_is_refused_when_set():
     bad("sigma_w=2.0: only init=gaussian uses it", sigma_w=2)
     bad("momentum=0.5: only optimizer=sgd uses it", optimizer="adam", momentum=0.5)
     bad("record.every.weights=1: record=none", record={"name": "none", "every": {"weights": 1}})
+    bad("record.flight=8: record=none", record={"name": "none", "flight": 8})
+    bad(
+        "record.details=.*grad_max.*: record=none", record={"name": "none", "details": ["grad_max"]}
+    )
+    bad("record.details=.*grad.*: allowed is a list of", record={"details": ["grad"]})
+    bad("record.details=.*: allowed is a list of", record={"details": []})
+    bad("record.flight=0: allowed is", record={"flight": 0})
+    bad("record.every.details=3: record.details is not set", record={"every": {"details": 3}})
 
 
 def test_skip_keys_may_be_set_for_all_arms_of_a_sweep():
