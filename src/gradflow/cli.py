@@ -106,7 +106,9 @@ def _check_overrides(arguments: list[str], known: list[str]) -> None:
         if name.startswith("~"):
             raise SpecError(f"{argument}: a key cannot be taken away; give it a value")
         if key == "record.every":
-            raise SpecError(f"{argument}: allowed is record.every.weights=N, .outputs, .blocks, .details")
+            raise SpecError(
+                f"{argument}: allowed is record.every.weights=N, .outputs, .blocks, .details"
+            )
         if key == "slurm":
             raise SpecError(f"{argument}: allowed is slurm.partition=NAME, slurm.time=MINUTES, …")
         if not sign:

@@ -26,6 +26,9 @@ FLUSH_SECONDS = 20.0
 """After which what waits is written, where it is written at all: a crash loses no more."""
 BUFFER_BYTES = 4 * 2**20
 """Size of a table's buffer on the device at most, at least one step."""
+FEW = 16
+"""Values to a unit below which that all are zero may be chance: 2⁻¹⁶ for one that is off half the
+time."""
 
 
 def _larger(one: float, other: float) -> float:
@@ -127,11 +130,14 @@ class Buffer:
     def _joined(self) -> Tensor:
         """What was added, as one vector."""
         loose = list(self._loose.values())
-        loose = [_dead_share(v) if isinstance(v, Tensor) and v.dim() else v for v in loose]
+        loose = [self._dead_share(v) if isinstance(v, Tensor) and v.dim() else v for v in loose]
         if self._on_cpu:
             return torch.tensor(loose, dtype=self._dtype)
         tensors = [torch.as_tensor(value, device=self._values.device) for value in loose]
         return torch.stack([tensor.to(self._dtype) for tensor in tensors])
+
+    def _dead_share(self, reached: Tensor) -> Tensor:
+        return (~reached).sum().to(self._dtype) / len(reached)
 
     def _over_ranks(self, row: int, places: list[int], counts: list[int], world: int) -> None:
         """Make a row of this rank's values one of all ranks', which may have measured other places.
@@ -199,7 +205,7 @@ class Drained:
         steps: [r].
         values: [r, layers, quantities]: before they are divided by elements, until `finish`.
         measured: which of them are.
-        elements: how many each is of.
+        elements: how many each is of; of `dead`, of each unit.
     """
 
     steps: np.ndarray
@@ -215,6 +221,8 @@ class Drained:
                 self.values[..., column] /= np.sqrt(elements[..., column])
             elif quantity.reduction in ("share", "mean"):
                 self.values[..., column] /= elements[..., column]
+            elif quantity.reduction == "dead":
+                self.measured[..., column] &= elements[..., column] >= FEW
             if quantity.reduction in ("ratio", "mean"):
                 self.measured[..., column] &= np.isfinite(self.values[..., column])
 
@@ -224,7 +232,3 @@ def over_ranks(values: Tensor, reduction: str) -> Tensor:
     if reduction in ("norm", "rms"):
         return functools.reduce(torch.hypot, values.unbind())
     return values.amax(dim=0) if reduction == "max" else values.sum(dim=0)
-
-
-def _dead_share(reached: Tensor) -> Tensor:
-    return 1 - reached.sum() / len(reached)

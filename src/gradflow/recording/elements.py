@@ -11,10 +11,6 @@ from torch import Tensor, nn
 
 from gradflow.recording.modules import kind_of
 
-FEW = 16
-"""Values to a unit below which that all are zero may be chance: 2⁻¹⁶ for one that is off half the
-time."""
-
 
 def largest(tensor: Tensor) -> Tensor:
     """The largest absolute value; NaN if there is one."""
@@ -36,22 +32,33 @@ def subnormals(tensor: Tensor) -> Tensor:
     return ((tensor != 0) & (tensor.abs() < torch.finfo(tensor.dtype).tiny)).sum()
 
 
-def unit_axis(module: nn.Module, output: Tensor) -> int:
-    """Which axis of an output counts the module's units: channels, or features."""
-    by_channel = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-    channels = kind_of(module) == "conv" or isinstance(module, by_channel)
-    return 1 if channels and output.dim() > 1 else output.dim() - 1
+_BY_FEATURE = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase,
+               nn.MultiheadAttention)  # fmt: skip
 
 
-def reached_units(gradient: Tensor, axis: int) -> Tensor | None:
-    """Whether any gradient comes through each unit: (units,) of bool.
+def unit_axis(module: nn.Module, output: Tensor, samples: int) -> int | None:
+    """Which axis of an output counts the module's units: channels, or features.
 
-    None where a unit has fewer than FEW values (samples, times places).
+    None where that is not known: of a module of somebody's own, but for (samples, features).
     """
-    units = gradient.shape[axis] if gradient.dim() > 1 else 0
-    if not units or gradient.numel() < FEW * units:
-        return None
-    return (gradient != 0).transpose(0, axis).reshape(units, -1).any(dim=1)
+    last = output.dim() - 1
+    if kind_of(module) == "conv":  # without an axis of samples too
+        axis = last - len(module.kernel_size)  # type: ignore[arg-type]
+        return axis if axis >= 0 else None
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return 0 if output.dim() == module._get_no_batch_dim() else 1
+    if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
+        return 1
+    if isinstance(module, _BY_FEATURE):
+        return last
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return last if tuple(module.normalized_shape) == output.shape[-1:] else None
+    return 1 if output.dim() == 2 and len(output) == samples else None
+
+
+def reached_units(gradient: Tensor, axis: int) -> Tensor:
+    """Whether any gradient comes through each unit: (units,) of bool."""
+    return (gradient != 0).transpose(0, axis).flatten(1).any(dim=1)
 
 
 def spread(output: Tensor, samples: int) -> Tensor | None:
@@ -63,7 +70,7 @@ def spread(output: Tensor, samples: int) -> Tensor | None:
     """
     if samples < 2 or output.dim() < 2 or output.shape[0] != samples:
         return None
-    values = (output.float() if output.device.type == "mps" else output.double()).flatten(1)
+    values = output.to(_wide(output)).flatten(1)
     values = values / values.abs().amax()
     return values.var(dim=0, correction=0).sum() / values.square().mean(dim=0).sum()
 
@@ -73,7 +80,7 @@ def effective_rank(gradient: Tensor) -> Tensor:
 
     Of a tensor as a matrix (first axis, all others). NaN for one that is zero or not finite.
     """
-    matrix = gradient.flatten(1).float() if gradient.element_size() < 4 else gradient.flatten(1)
+    matrix = gradient.flatten(1).to(_wide(gradient))
     peak = matrix.abs().amax()
     is_regular = peak.isfinite() & (peak > 0)
     values = torch.linalg.svdvals(torch.where(is_regular, matrix / peak, 0.0))
@@ -82,6 +89,10 @@ def effective_rank(gradient: Tensor) -> Tensor:
 
 def cosine(one: Tensor, other: Tensor) -> Tensor:
     """Of two tensors of one shape; NaN where either is zero."""
-    wide = torch.float32 if one.device.type == "mps" else torch.float64
-    one, other = one.to(wide), other.to(wide)
+    one, other = one.to(_wide(one)), other.to(_wide(other))
     return (one * other).sum() / (one.square().sum().sqrt() * other.square().sum().sqrt())
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The widest format that its device has."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

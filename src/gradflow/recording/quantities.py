@@ -160,7 +160,8 @@ _DETAILS = (
         "backward passes",
         "gradient noise scale tr(Σ) / |G|² of that gradient (McCandlish et al. 2018, appendix "
         "A.1), estimated from the n ≥ 2 backward passes of the step, in units of one pass's batch; "
-        "null where noise hides the gradient in so few",
+        "null where noise hides the gradient in so few, where more than these is in it, and where "
+        "forward passes of the model were not as many",
     ),
     Quantity(
         "grad_rank",
@@ -190,7 +191,8 @@ _DETAILS = (
         "mean",
         "share",
         "share of the output's mean square that differs between the samples of a pass: Σ Var / Σ "
-        "mean of squares, over one sample's elements; null where the first axis is not samples",
+        "mean of squares, over one sample's elements, of the first tensor of several; null where "
+        "its first axis is not as long as that of the model's first input, taken for the samples",
     ),
     Quantity(
         "output_grad_zeros",
@@ -213,7 +215,8 @@ _DETAILS = (
         "dead",
         "share",
         "share of the output's units (channels, or features) that no gradient comes through, from "
-        "any sample or place; null below 16 of these a unit",
+        "any sample or place, of the first tensor of several; null below 16 of these a unit in "
+        "the step, and where it is not known which axis they are",
     ),
     Quantity(
         "branch_x_grad_norm",
@@ -221,7 +224,8 @@ _DETAILS = (
         "norm",
         "loss / output",
         "L2 norm of the part of the gradient with respect to x that does not come through the "
-        "skip: through the branch, where nothing else uses x",
+        "skip: through the branch, where nothing else uses x; a difference, to the rounding of "
+        "the whole",
     ),
     Quantity(
         "x_grad_cosine",
@@ -229,7 +233,7 @@ _DETAILS = (
         "mean",
         "1",
         "cosine of the two parts of the gradient with respect to x, through the skip and not; null "
-        "where either is 0",
+        "where either is 0, or lost in rounding",
     ),
 )
 
@@ -239,7 +243,7 @@ DEFAULT = tuple(name for name in ALL if name != "update_norm")
 DETAILS = tuple(q.name for q in _DETAILS)
 GROUPS = {"default": DEFAULT, "all": ALL, "details": DETAILS}
 """What may be named together: the norms that are recorded by default, all norms, and the rest."""
-OF_WHOLE_BATCHES = {"dead_units", "noise_scale", "x_grad_cosine"}
+OF_WHOLE_BATCHES = {"dead_units", "noise_scale", "output_spread", "x_grad_cosine"}
 """What ranks that share a batch cannot put together from their parts."""
 OF_WHOLE_PARAMETERS = {"grad_cosine", "grad_rank", "update_ratio"}
 """What ranks that share the parameters cannot."""

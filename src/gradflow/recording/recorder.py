@@ -205,7 +205,8 @@ class Recorder:
         self._entering: dict[int, Callable[[], None]] = {}  # the same, of those before it
         self._terms: list[tuple[Any, Callable[..., Any]]] = []  # of blocks, what is around them
         self._attached: tuple[Any, ...] | None = None  # for what; how many layers had a place
-        self._samples = 0  # in the forward pass under way
+        self._samples = 0  # in the forward pass under way, or that is repeated
+        self._sizes: set[int] = set()  # numbers of samples in the step's passes
         self._on_leaves: list[Any] = []  # handles of hooks on outputs that outlive a step
         self._handled: list[BaseException | None] = []  # what was handled as a pass began
         self._modules_written = 0
@@ -269,7 +270,7 @@ class Recorder:
             undo()
         for hooks in (self._undo, self._hooks, self._entering, self._handled, self._terms):
             hooks.clear()
-        self._weights.forget()
+        self._weights.clear()
         self._attached = None
         self._forget()
         if kind is None or not self._layers.sharded:  # the other ranks may not come this far
@@ -317,7 +318,7 @@ class Recorder:
         """Put hooks on what the step to come measures, and on layers whose place is unknown."""
         self._wanted = self._wanted_at(self.next_step)
         if "noise_scale" in self._wanted.of("weights"):
-            self._weights.watch_passes(lambda: self._paused)
+            self._watch_passes()
         measures_outputs, measures_blocks = map(bool, map(self._wanted.of, ("outputs", "blocks")))
         attached = measures_outputs, measures_blocks, self._layers.executed
         if self._attached == attached:
@@ -339,6 +340,9 @@ class Recorder:
             elif index not in self._entering and rows[index].kind != "block":
                 watch = Watch(partial(self._on_enter, rows[index]), ignore)
                 self._entering[index] = module.register_forward_pre_hook(watch).remove
+
+    def _watch_passes(self) -> None:
+        self._weights.watch_passes(lambda: self._paused)
 
     # --- measuring --------------------------------------------------------------------------------
 
@@ -366,6 +370,8 @@ class Recorder:
 
     def _before_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._handled.append(sys.exception())
+        if not self._passes and self._weights.are_others_watched():
+            self._watch_passes()
         inputs = next(all_tensors((args, kwargs)), None)
         self._samples = 0 if inputs is None or not inputs.dim() else len(inputs)
 
@@ -378,6 +384,9 @@ class Recorder:
             self._forget()
         else:
             self._passes += 1
+            self._sizes.add(self._samples)
+            if len(self._sizes) > 1:  # which of them is repeated in backward is not known
+                self._samples = 0
 
     def _forget(self) -> None:
         """Drop what was seen since the last step."""
@@ -392,6 +401,7 @@ class Recorder:
         self._weights.end_passes()
         self._under_way += 1
         self._passes = 0
+        self._sizes.clear()
         self._was_paused = self._paused
 
     def _on_enter(self, row: Layer, *_: Any) -> None:
@@ -409,6 +419,7 @@ class Recorder:
         row = self._layers.rows[index]
         if not self._layers.is_placed(row):
             self._layers.called(row, tensors, joining=self._joining)
+        began = time.perf_counter()
         wanted = self._wanted
         for tensor in tensors:
             if wanted.outputs:
@@ -417,6 +428,7 @@ class Recorder:
                 self._watch_gradient("outputs", index, wanted.gradients, tensor)
         if tensors and wanted.units:
             self._look_at_units(index, module, tensors[0])
+        self.seconds += time.perf_counter() - began
 
     def _look_at_units(self, index: int, module: nn.Module, output: Tensor) -> None:
         wanted = self._wanted.units
@@ -425,14 +437,14 @@ class Recorder:
             if spread is not None:
                 self._put("outputs", index, "output_spread", spread, 1)
         if "dead_units" in wanted and output.requires_grad:
-            axis = elements.unit_axis(module, output)
+            axis = elements.unit_axis(module, output, self._samples)
+            if axis is not None and output.dim() > 1:
+                self._on_backward(output, partial(self._look_at_reached, index, axis))
 
-            def look(gradient: Tensor) -> None:
-                reached = elements.reached_units(gradient, axis)
-                if reached is not None:
-                    self._put("outputs", index, "dead_units", reached, len(reached))
-
-            self._on_backward(output, look)
+    def _look_at_reached(self, index: int, axis: int, gradient: Tensor) -> None:
+        reached = elements.reached_units(gradient, axis)
+        each = gradient.numel() // len(reached)
+        self._put("outputs", index, "dead_units", reached, each)
 
     def _on_terms(
         self, index: int, original: Callable[..., Any], x: Tensor, branch: Tensor
@@ -464,6 +476,7 @@ class Recorder:
                 buffer.expect(index, name)
                 self._watch_gradient("blocks", index, ((name, norm),), tensor)
         skip_term, branch_term = original(x, branch)
+        began = time.perf_counter()
         if "skip_rms" in wanted:
             if skip_term is None:
                 buffer.expect(index, "skip_rms")
@@ -471,6 +484,7 @@ class Recorder:
                 self._add("blocks", index, (("skip_rms", norm),), skip_term.detach())
         if "branch_rms" in wanted:
             self._add("blocks", index, (("branch_rms", norm),), branch_term.detach())
+        self.seconds += time.perf_counter() - began
         return skip_term, branch_term
 
     def _watch_split(self, index: int, wanted: frozenset[str], x: Tensor) -> Tensor:
@@ -481,21 +495,24 @@ class Recorder:
 
         def look(gradient: Tensor) -> None:
             skip = through.pop() if through else torch.zeros_like(gradient)
+            precision = torch.finfo(gradient.dtype).eps
+            if gradient.element_size() < 4:
+                gradient, skip = gradient.float(), skip.float()
             rest = gradient - skip
             if "branch_x_grad_norm" in wanted:
                 self._put("blocks", index, "branch_x_grad_norm", norm(rest), rest.numel())
             if "x_grad_cosine" in wanted:
-                self._put("blocks", index, "x_grad_cosine", elements.cosine(skip, rest), 1)
+                is_clear = norm(rest) > precision * norm(gradient)
+                cosine = torch.where(is_clear, elements.cosine(skip, rest), torch.nan)
+                self._put("blocks", index, "x_grad_cosine", cosine, 1)
 
         self._on_backward(view, through.append)
         self._on_backward(x, look)
         return view
 
     def _add(self, table: str, index: int, measures: _Measures, tensor: Tensor) -> None:
-        began = time.perf_counter()
         for name, measure in measures:
             self._put(table, index, name, measure(tensor), tensor.numel())
-        self.seconds += time.perf_counter() - began
 
     def _put(self, table: str, index: int, name: str, value: Tensor, count: int) -> None:
         known = value.item() if self._on_cpu and not value.dim() else value
@@ -514,7 +531,9 @@ class Recorder:
         self, under_way: int, look: Callable[[Tensor], None], gradient: Tensor
     ) -> None:
         if under_way == self._under_way and not (self._paused or is_batched(gradient)):
+            began = time.perf_counter()
             look(gradient.detach())
+            self.seconds += time.perf_counter() - began
 
     def _on_update(self, optimizer: Optimizer) -> None:
         began = time.perf_counter()
@@ -602,7 +621,8 @@ class Recorder:
         follows = self._schedules.get("grad_cosine")
         keep = follows is not None and follows(self.next_step + 1)
         wanted = self._wanted.of("weights")
-        self._weights.record(wanted, self.next_step, gradients, found, (left, scale), keep)
+        scales = left, scale
+        self._weights.record(wanted, self.next_step, gradients, found, scales, self._passes, keep)
         return norm(found.norms) if found.measured.any() else None
 
     def _say_what_is_unread(self, has_gradient: np.ndarray) -> None:

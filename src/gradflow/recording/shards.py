@@ -62,5 +62,6 @@ def reduce(drained: Drained, chosen: Sequence[Quantity], world: int, device: tor
     values, measured = gather(torch.from_numpy(np.stack(mine)).to(device), world).cpu().unbind(1)
     for column, quantity in enumerate(chosen):
         whole = over_ranks(values[..., column], quantity.reduction)
-        drained.values[..., column] = whole.numpy()
+        counts = quantity.reduction in ("sum", "share")  # parts of which ranks have copies
+        drained.values[..., column] = (whole.round() if counts else whole).numpy()
     drained.measured[:] = measured.sum(dim=0).numpy() > 0

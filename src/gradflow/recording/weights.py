@@ -28,6 +28,8 @@ _COUNTED: dict[str, Callable[[Tensor], Tensor]] = {
     "grad_zeros": elements.zeros,
     "grad_subnormals": elements.subnormals,
 }
+_ROUNDING = 1e-6
+"""Of a squared norm: what is left of it below that is no signal."""
 
 
 @dataclass
@@ -73,7 +75,9 @@ class Weights:
         self._updated: set[int] = set()  # ids of the parameters that were, since the step
         self._previous: list[Tensor | None] | None = None  # gradients of the step before
         self._passes: dict[int, list[Tensor]] = {}  # place -> squared norms, one a backward pass
+        self._others: dict[int, Tensor] = {}  # place -> squared norm of what else `.grad` has
         self._hooks: list[tuple[Any, Any]] = []  # handle, the node it is on
+        self._watched: list[tuple[int, torch.Size]] = []  # these parameters, as they were
 
     def gradients(self, optimizer: Optimizer | None) -> list[Tensor | None]:
         """Of each parameter, as it is; of what that optimizer updates, if one is given."""
@@ -95,12 +99,14 @@ class Weights:
         gradients: Tensors,
         found: Found,
         scales: tuple[Tensor | None, Tensor | None],
+        passes: int,
         keep: bool,
     ) -> None:
         """The row of `step`, with what `measure` has found.
 
         Args:
             scales: by what gradients are to be divided, and what backward passes had been.
+            passes: how many forward passes there were, 0 where that is not known.
             keep: whether the next step needs this one's gradients.
         """
         self._wanted = wanted
@@ -116,7 +122,7 @@ class Weights:
             if "grad_rank" in wanted:
                 self._record_ranks(gradients)
             if "noise_scale" in wanted:
-                self._record_noise(found.norms, scales[1])
+                self._record_noise(gradients, scales, passes)
             if "update_norm" in wanted or "update_ratio" in wanted:
                 self._before = self._copies()
         self._previous = None
@@ -124,9 +130,15 @@ class Weights:
             self._previous = [None if g is None else _dense(g).clone() for g in gradients]
 
     def forget(self) -> None:
-        """Drop what was kept of the step before."""
+        """Drop what was kept for the update of the step before."""
         self._before = None
         self._updated.clear()
+
+    def clear(self) -> None:
+        """Drop all that was kept of any step."""
+        self.forget()
+        self._previous, self._store = None, []
+        self._plans.clear()  # small tensors are copied into theirs
 
     # --- norms ------------------------------------------------------------------------------------
 
@@ -204,7 +216,7 @@ class Weights:
         both = {place: (a, b) for place, (a, b) in both.items() if a.shape == b.shape}
         moved: list[Tensor | None] = [None] * len(self._before)
         if both:
-            now, then = map(list, zip(*both.values(), strict=True))
+            now, then = (list(map(_wider, of)) for of in zip(*both.values(), strict=True))
             for place, tensor in zip(both, torch._foreach_sub(now, then), strict=True):
                 moved[place] = tensor
         return moved
@@ -250,12 +262,13 @@ class Weights:
         return values.new_zeros(len(self._layers.own)).index_add_(0, self._modules, values)
 
     def _record_cosines(self, gradients: Tensors, previous: Tensors) -> None:
-        pairs = list(zip(gradients, previous, strict=True))
-        present = [now is not None and then is not None for now, then in pairs]
+        pairs = [
+            None if now is None or then is None or now.shape != then.shape else (now, then)
+            for now, then in zip(gradients, previous, strict=True)
+        ]
+        present = [pair is not None for pair in pairs]
         both = [
-            (_dense(now).to(self._dtype), then.to(self._dtype))
-            for now, then in pairs
-            if now is not None and then is not None
+            (_dense(p[0]).to(self._dtype), p[1].to(self._dtype)) for p in pairs if p is not None
         ]
         products, here, there = (
             self._sums(self._spread(present, [(a * b).sum() for a, b in tensors]))
@@ -278,52 +291,96 @@ class Weights:
     @torch.enable_grad()
     def watch_passes(self, is_paused: Callable[[], bool]) -> None:
         """Measure each backward pass of the step to come by itself."""
+        self.end_passes()
+        self._watched = self._present()
         for place, parameter in enumerate(self._layers.parameters()):
             if parameter is not None and parameter.requires_grad:
                 # What adds to `.grad`: hooks of the parameter itself see `autograd.grad` too.
                 node: Any = parameter.view_as(parameter).grad_fn
                 node = node.next_functions[0][0]
-                hook = partial(self._on_pass, place, is_paused)
+                hook = partial(self._on_pass, place, parameter, is_paused)
                 self._hooks.append((node.register_prehook(hook), node))
 
+    def are_others_watched(self) -> bool:
+        """Whether parameters have been put in the place of those that are watched, or reshaped.
+
+        What the hook is on keeps to a parameter's shape, and autograd fails where that changes.
+        """
+        return bool(self._hooks) and self._watched != self._present()
+
+    def _present(self) -> list[tuple[int, torch.Size]]:
+        return [(id(p), p.shape) for p in self._layers.parameters() if p is not None]
+
     def _on_pass(
-        self, place: int, is_paused: Callable[[], bool], gradients: tuple[Tensor | None, ...]
+        self,
+        place: int,
+        parameter: Tensor,
+        is_paused: Callable[[], bool],
+        gradients: tuple[Tensor | None, ...],
     ) -> None:
+        """Before `gradients` are added to `parameter.grad`."""
         gradient = gradients[0]
-        if gradient is not None and gradient.layout == torch.strided and not is_paused():
-            squares = gradient.detach().to(self._dtype).square().sum()
-            self._passes.setdefault(place, []).append(squares)
+        if gradient is None:
+            return
+        if is_paused():
+            if place in self._passes:
+                self._others[place] = self._others.get(place, 0.0) + self._squares(gradient)
+            return
+        if place not in self._passes and parameter.grad is not None:  # zero, if it was zeroed
+            self._others[place] = self._squares(parameter.grad)
+        self._passes.setdefault(place, []).append(self._squares(gradient))
+
+    def _squares(self, gradient: Tensor) -> Tensor:
+        values = gradient if gradient.layout == torch.strided else values_of(gradient)
+        return values.detach().to(self._dtype).square().sum()
 
     def end_passes(self) -> None:
         """The step is over."""
         while self._hooks:
             self._hooks.pop()[0].remove()
         self._passes.clear()
+        self._others.clear()
 
-    def _record_noise(self, norms: Tensor, scale: Tensor | None) -> None:
-        """From the n passes' gradients h, which sum up to H.
+    def _record_noise(
+        self, gradients: Tensors, scales: tuple[Tensor | None, Tensor | None], passes: int
+    ) -> None:
+        """From the n passes' gradients h, which sum up to H; zero in a pass that has none.
 
         McCandlish et al.'s estimates (appendix A.1) with batches of 1 and of n passes, of which
         n h and H are the gradients: |G|² = n (|H|² − Σ|h|²) / (n − 1), and
-        tr(Σ) = n (n Σ|h|² − |H|²) / (n − 1).
+        tr(Σ) = n (n Σ|h|² − |H|²) / (n − 1). Not where a gradient has more in it than these, nor
+        where passes back are not those forward: of two losses on one batch, say.
         """
-        own = self._layers.own
-        counts = [len(self._passes.get(place, ())) for place in range(len(self._module))]
-        numbers = [{counts[place] for place in places if counts[place]} for places in own]
-        number = torch.tensor([max(n, default=0) for n in numbers], device=self._device)
-        measured = np.array([len(n) == 1 and max(n) > 1 for n in numbers])
-        parts = [torch.stack(self._passes[p]).sum() for p, count in enumerate(counts) if count]
-        of_passes = self._spread([c > 0 for c in counts], parts)
-        if scale is not None:
-            of_passes = of_passes / scale**2
-        single, together = self._sums(of_passes), norms**2
+        count = max(map(len, self._passes.values()), default=0)
+        there = {place: g for place, g in enumerate(gradients) if g is not None}
+        if count < 2 or passes not in (0, count) or not there:
+            return
+        present = [place in there for place in range(len(gradients))]
+        zero = torch.zeros((), dtype=self._dtype, device=self._device)
+        squares = []
+        for place, gradient in there.items():
+            whole, parts = self._squares(gradient), self._passes.get(place)
+            if parts is None:  # left by an earlier step, or zero
+                squares.append((whole, zero, whole))
+            else:
+                squares.append((whole, torch.stack(parts).sum(), self._others.get(place, zero)))
+        together, single, other = (
+            self._sums(self._spread(present, column)) for column in zip(*squares, strict=True)
+        )
+        left, scale = (1.0 if s is None else s**2 for s in scales)
+        together, single = together / left, single / scale
         signal = together - single
-        noise = (number * single - together) / signal
-        self._fill("noise_scale", torch.where(signal > 0, noise, torch.nan), measured)
+        is_clear = (signal > _ROUNDING * together) & (other == 0)
+        noise = torch.where(is_clear, (count * single - together) / signal, torch.nan)
+        self._fill("noise_scale", noise, self._measured(present))
 
 
 def _dense(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+def _wider(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.element_size() < 4 else tensor
 
 
 def _format(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
