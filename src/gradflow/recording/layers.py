@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -44,6 +45,7 @@ class Layers:
         owners, blocks: the modules.
         own: of each owner the places of its parameters among `parameters()`.
         sharded: whether this process has parts of parameters only.
+        device, on_cpu: where the parameters lie.
     """
 
     def __init__(self, model: nn.Module):
@@ -63,6 +65,8 @@ class Layers:
         self._stages: dict[tuple[Any, ...], int] = {}
         self._find(model)
         self.sharded = any(map(is_sharded, self.parameters()))
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.on_cpu = self.device.type == "cpu"
 
     def _find(self, model: nn.Module) -> None:
         seen: set[int] = set()

@@ -54,7 +54,8 @@ def norm(tensor: Tensor) -> Tensor:
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """`norm` of each tensor, as one vector on their device."""
-    return Norms(tensors)(tensors)
+    with torch.no_grad():
+        return Norms(tensors)(tensors)
 
 
 class Norms:
@@ -101,33 +102,48 @@ class Norms:
         filled = {group for group, tensor in zip(groups, like, strict=True) if tensor.numel()}
         self._is_filled = np.array([group in filled for group in range(self._count)], bool)
 
-    @torch.no_grad()
-    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The norms, [groups]; float64, float32 where the device has no float64."""
+    def __call__(self, tensors: Sequence[Tensor], less: Sequence[Tensor] | None = None) -> Tensor:
+        """The norms, [groups], of the tensors, or of what they are more than `less`.
+
+        Without gradients (`torch.no_grad`). Float64, float32 where the device has none.
+
+        Raises:
+            ValueError: another number of tensors than there were.
+            RuntimeError: other shapes, or sparse tensors.
+        """
         if len(tensors) != self._like:
             raise ValueError(f"Norms: {len(tensors)} tensors, {self._like} were expected")
-        found = self._measure(tensors)
         if self._device.type != "cpu":
-            return found
+            pairs = zip(tensors, less or (), strict=less is not None)
+            return self._measure([_less(*pair) for pair in pairs] if less else tensors)
+        found = self._measure(tensors, less=less)
         values = found.numpy()
         lowest = values.min(initial=math.inf, where=self._is_filled)
         if lowest > _SAFE and values.max(initial=0.0) < math.inf:
             return found
         is_small, is_over = found <= _SAFE, found.isinf()
         if lowest <= _SAFE:
-            found = torch.where(is_small, self._measure(tensors, _SCALE) / _SCALE, found)
+            found = torch.where(is_small, self._measure(tensors, _SCALE, less) / _SCALE, found)
         if is_over.any():
-            found = torch.where(is_over, self._measure(tensors, 1 / _SCALE) * _SCALE, found)
+            found = torch.where(is_over, self._measure(tensors, 1 / _SCALE, less) * _SCALE, found)
         return found
 
-    def _measure(self, tensors: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+    def _measure(
+        self, tensors: Sequence[Tensor], scale: float = 1.0, less: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """Norms times `scale`: right where these are within float32's range."""
         if self._device.type == "mps":
             return self._in_float32(tensors)
-        parts = [chunk.norms([tensors[i] for i in places], scale) for places, chunk in self._chunks]
-        parts += [_row_norms(_times(tensors[i], scale)) for i in self._large]
-        if self._single:
-            single = [tensors[i] for i in self._single]
+        parts = [
+            chunk.norms(_at(places, tensors), scale, _at(places, less) if less else None)
+            for places, chunk in self._chunks
+        ]
+        large, single = _at(self._large, tensors), _at(self._single, tensors)
+        if less is not None:
+            large = list(map(_less, large, _at(self._large, less)))
+            single = list(map(_less, single, _at(self._single, less)))
+        parts += [_row_norms(_times(tensor, scale)) for tensor in large]
+        if single:
             parts.append(torch.stack(torch._foreach_norm(single, 2, torch.float64)) * scale)
         found = torch.zeros(self._count, dtype=torch.float64, device=self._device)
         if parts:
@@ -155,9 +171,11 @@ class _Rows:
             strides = tensor.stride() if _is_dense(tensor) else torch.empty(tensor.shape).stride()
             self._parts.append(rows.as_strided(tensor.shape, strides, rows.storage_offset()))
 
-    def norms(self, tensors: list[Tensor], scale: float) -> Tensor:
-        """In float32, [rows], of the tensors times `scale`."""
+    def norms(self, tensors: list[Tensor], scale: float, less: list[Tensor] | None) -> Tensor:
+        """In float32, [rows], of the tensors (less those) times `scale`."""
         torch._foreach_copy_(self._parts, tensors)
+        if less is not None:
+            torch._foreach_sub_(self._parts, less)
         if scale != 1:
             self._rows.mul_(scale)
         return torch.linalg.vector_norm(self._rows, dim=1)
@@ -181,6 +199,15 @@ def gather(tensor: Tensor, world: int) -> Tensor:
 
 def _exact(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+
+
+def _at(places: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensors[i] for i in places]
+
+
+def _less(tensor: Tensor, other: Tensor) -> Tensor:
+    """Their difference, exact in half precision too."""
+    return tensor.float() - other.float() if tensor.element_size() < 4 else tensor - other
 
 
 def _times(tensor: Tensor, scale: float) -> Tensor:

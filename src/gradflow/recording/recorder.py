@@ -19,13 +19,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -37,14 +35,15 @@ from torch.optim import Optimizer
 
 from gradflow.errors import SpecError
 from gradflow.ranks import Ranks
-from gradflow.recording import buffers, elements
+from gradflow.recording import buffers
 from gradflow.recording import quantities as registry
 from gradflow.recording.buffers import Buffer, Drained, over_ranks
-from gradflow.recording.execution import is_batched, is_repeated, is_transformed, will_be_repeated
+from gradflow.recording.divergence import Divergence, first_divergence, locate_forward, non_finite
 from gradflow.recording.flight import Flight, Rule
-from gradflow.recording.layers import Layer, Layers
-from gradflow.recording.modules import Watch, all_tensors, ignore, is_compiled, stand_in, tensors_of
-from gradflow.recording.norms import check_group, gather, norm
+from gradflow.recording.layers import Layers
+from gradflow.recording.modules import is_compiled
+from gradflow.recording.norms import check_group, gather
+from gradflow.recording.passes import Passes, Wanted
 from gradflow.recording.quantities import Conditions, Quantity
 from gradflow.recording.schedules import Schedule, scheduled
 from gradflow.recording.shards import ranks_of, reduce
@@ -59,21 +58,7 @@ if TYPE_CHECKING:
     from gradflow.store import RunWriter
 
 
-_NAMED = 5  # layers that a message names at most
 _WATCHING: weakref.WeakSet[Recorder] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """The first step whose loss or gradient was not finite, and where it began.
-
-    `layer` is the module nearest the input whose forward value was not finite, else the module
-    farthest from it whose gradient was not; None where neither was measured at that step.
-    """
-
-    step: int
-    layer: str | None
-    quantity: str
 
 
 class Recorder:
@@ -158,7 +143,7 @@ class Recorder:
         self.model = model
         self.divergence: Divergence | None = None
         self.alarm: int | None = None
-        self.seconds = 0.0
+        self._seconds = 0.0
         self.next_step = 0
         self.latest: dict[str, Any] = {}
         self._ranks = ranks or ranks_of(model)
@@ -172,12 +157,11 @@ class Recorder:
             raise SpecError("rule: give flight, the number of steps to keep for it")
         self._flight, self._rule = None if flight is None else Flight(flight), rule
         self._writer: RunWriter | None = None
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._on_cpu = self._device.type == "cpu"
         wide = any(p.dtype == torch.float64 for p in model.parameters())
         self._dtype = np.float64 if wide else np.float32
 
         self._layers = Layers(model)
+        self._device, self._on_cpu = self._layers.device, self._layers.on_cpu
         owners, blocks = len(self._layers.owners), len(self._layers.blocks)
         sizes = {"weights": owners, "outputs": owners, "blocks": blocks}
         chosen = self._without_unreadable(chosen)
@@ -191,30 +175,20 @@ class Recorder:
             self._layers, self._buffers.get("weights"), self._ranks.world, self._device
         )
         self._different = list(dict.fromkeys(self._schedules.values()))
-        self._answers: dict[tuple[bool, ...], _Wanted] = {}  # for each of these
-        self._wanted = _Wanted({})
+        self._answers: dict[tuple[bool, ...], Wanted] = {}  # for each of these
+        self._passes = Passes(self._layers, self._buffers, self._weights)
         self._step_rows: list[dict[str, Any]] = []
         self._evaluations: list[dict[str, Any]] = []
         self._metrics: dict[str, float] = {}
         self._tables: dict[str, list[pa.Table]] = {}
-        self._passes = 0  # forward passes of the model in the step under way
-        self._range = (0, 0)  # the fewest and the most of them in a step
-        self._told = False  # whether it was looked for layers whose outputs cannot be read
         self._undo: list[Callable[[], None]] = []
-        self._hooks: dict[int, Callable[[], None]] = {}  # owner -> undo of those on its output
-        self._entering: dict[int, Callable[[], None]] = {}  # the same, of those before it
-        self._terms: list[tuple[Any, Callable[..., Any]]] = []  # of blocks, what is around them
-        self._attached: tuple[Any, ...] | None = None  # for what; how many layers had a place
-        self._samples = 0  # in the forward pass under way, or that is repeated
-        self._sizes: set[int] = set()  # numbers of samples in the step's passes
-        self._on_leaves: list[Any] = []  # handles of hooks on outputs that outlive a step
-        self._handled: list[BaseException | None] = []  # what was handled as a pass began
         self._modules_written = 0
-        self._joining = self._paused = False
-        self._was_paused = False  # in the step under way
-        self._under_way = 0  # counts what is collected for a step, and what was dropped
         self._flushed = time.monotonic()
         self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + self._passes.seconds
 
     def state_dict(self) -> dict[str, Any]:
         """What a recorder needs to number on where this one stands, after a `flush`; plain data."""
@@ -228,12 +202,12 @@ class Recorder:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the recorder of `state` stood; before the first step."""
-        self.next_step, self.seconds = state["next_step"], state["seconds"]
+        self.next_step, self._seconds = state["next_step"], state["seconds"]
         self._metrics = dict(state["metrics"])
         found = state["divergence"]
         self.divergence = None if found is None else Divergence(**found)
         if self._undo:
-            self._attach()
+            self._passes.expect(self._wanted_at(self.next_step))
 
     # --- what is watched --------------------------------------------------------------------------
 
@@ -246,15 +220,9 @@ class Recorder:
             self._writer = self._save
         self._started = self._flushed = time.monotonic()
         _WATCHING.add(self)
-        before, after = Watch(self._before_pass, ignore), Watch(self._on_pass, ignore)
-        self._undo.append(self.model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        self._undo.append(self.model.register_forward_hook(after, always_call=True).remove)
-        for index, block in enumerate(self._layers.blocks):
-            terms, undo = stand_in(block)
-            self._terms.append((terms, partial(self._on_terms, index)))
-            self._undo.append(undo)
-        self._undo += self._updates.watch(self._on_update)
-        self._attach()
+        self._passes.attach(self.model)
+        self._undo += [self._passes.detach, *self._updates.watch(self._on_update)]
+        self._passes.expect(self._wanted_at(self.next_step))
         return self
 
     def __exit__(
@@ -264,15 +232,9 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         _WATCHING.discard(self)
-        for terms, around in self._terms:
-            terms.switch(around, on=False)
-        for undo in (*self._undo, *self._hooks.values(), *self._entering.values()):
-            undo()
-        for hooks in (self._undo, self._hooks, self._entering, self._handled, self._terms):
-            hooks.clear()
+        while self._undo:
+            self._undo.pop()()
         self._weights.clear()
-        self._attached = None
-        self._forget()
         if kind is None or not self._layers.sharded:  # the other ranks may not come this far
             self.flush()
         if isinstance(self._save, str | Path) and self._writer is not None:
@@ -297,12 +259,12 @@ class Recorder:
         }
         return {table: columns for table, columns in kept.items() if columns}
 
-    def _wanted_at(self, step: int) -> _Wanted:
+    def _wanted_at(self, step: int) -> Wanted:
         """What is measured at a step."""
         asked = tuple(schedule(step) for schedule in self._different)
         if asked not in self._answers:
             wanted = {s for s, is_asked in zip(self._different, asked, strict=True) if is_asked}
-            self._answers[asked] = _Wanted(
+            self._answers[asked] = Wanted(
                 {
                     table: frozenset(
                         q.name
@@ -314,232 +276,21 @@ class Recorder:
             )
         return self._answers[asked]
 
-    def _attach(self) -> None:
-        """Put hooks on what the step to come measures, and on layers whose place is unknown."""
-        self._wanted = self._wanted_at(self.next_step)
-        if "noise_scale" in self._wanted.of("weights"):
-            self._watch_passes()
-        measures_outputs, measures_blocks = map(bool, map(self._wanted.of, ("outputs", "blocks")))
-        attached = measures_outputs, measures_blocks, self._layers.executed
-        if self._attached == attached:
-            return
-        self._attached = attached
-        self._say_what_is_replaced()
-        for (terms, around), row in zip(self._terms, self._layers.select("blocks"), strict=True):
-            terms.switch(around, on=measures_blocks or not self._layers.is_placed(row))
-        rows = self._layers.select("outputs")
-        for index, module in enumerate(self._layers.owners):
-            unknown = not self._layers.is_placed(rows[index])
-            if not (unknown or measures_outputs):
-                self._hooks.pop(index, ignore)()
-            elif index not in self._hooks:
-                watch = Watch(partial(self._on_output, index), ignore)
-                self._hooks[index] = module.register_forward_hook(watch).remove
-            if not unknown:
-                self._entering.pop(index, ignore)()
-            elif index not in self._entering and rows[index].kind != "block":
-                watch = Watch(partial(self._on_enter, rows[index]), ignore)
-                self._entering[index] = module.register_forward_pre_hook(watch).remove
-
-    def _watch_passes(self) -> None:
-        self._weights.watch_passes(lambda: self._paused)
-
-    # --- measuring --------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> contextlib.AbstractContextManager[None]:
         """Forward and backward passes in this block leave no trace.
 
         For what is no part of the step: an evaluation that needs gradients, a penalty's gradient,
         a GAN's other pass.
         """
-        outer, self._paused = self._paused, True
-        self._was_paused = True
-        try:
-            yield
-        finally:
-            self._paused = outer
+        return self._passes.paused()
 
-    def _watching(self) -> bool:
-        return (
-            not self._paused
-            and torch.is_grad_enabled()
-            and not is_transformed()
-            and not is_repeated()
-        )
-
-    def _before_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._handled.append(sys.exception())
-        if not self._passes and self._weights.are_others_watched():
-            self._watch_passes()
-        inputs = next(all_tensors((args, kwargs)), None)
-        self._samples = 0 if inputs is None or not inputs.dim() else len(inputs)
-
-    def _on_pass(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After each forward pass of the model; after one that raised, without an output."""
-        handled = self._handled.pop() if self._handled else None
-        if not self._watching():
-            return
-        if output is None and sys.exception() is not handled:
-            self._forget()
-        else:
-            self._passes += 1
-            self._sizes.add(self._samples)
-            if len(self._sizes) > 1:  # which of them is repeated in backward is not known
-                self._samples = 0
-
-    def _forget(self) -> None:
-        """Drop what was seen since the last step."""
-        for buffer in self._buffers.values():
-            buffer.forget()
-        self._layers.forget()
-        self._end_of_step()
-
-    def _end_of_step(self) -> None:
-        while self._on_leaves:
-            self._on_leaves.pop().remove()
-        self._weights.end_passes()
-        self._under_way += 1
-        self._passes = 0
-        self._sizes.clear()
-        self._was_paused = self._paused
-
-    def _on_enter(self, row: Layer, *_: Any) -> None:
-        if self._layers.is_placed(row) or self._paused:
-            return
-        if self._watching():
-            self._layers.enter(row)
-        elif will_be_repeated():
-            self._layers.enter(row, again=True)
-
-    def _on_output(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._watching():
-            return
-        tensors = tensors_of(output)
-        row = self._layers.rows[index]
-        if not self._layers.is_placed(row):
-            self._layers.called(row, tensors, joining=self._joining)
-        began = time.perf_counter()
-        wanted = self._wanted
-        for tensor in tensors:
-            if wanted.outputs:
-                self._add("outputs", index, wanted.outputs, tensor.detach())
-            if wanted.gradients and tensor.requires_grad:
-                self._watch_gradient("outputs", index, wanted.gradients, tensor)
-        if tensors and wanted.units:
-            self._look_at_units(index, module, tensors[0])
-        self.seconds += time.perf_counter() - began
-
-    def _look_at_units(self, index: int, module: nn.Module, output: Tensor) -> None:
-        wanted = self._wanted.units
-        if "output_spread" in wanted:
-            spread = elements.spread(output.detach(), self._samples)
-            if spread is not None:
-                self._put("outputs", index, "output_spread", spread, 1)
-        if "dead_units" in wanted and output.requires_grad:
-            axis = elements.unit_axis(module, output, self._samples)
-            if axis is not None and output.dim() > 1:
-                self._on_backward(output, partial(self._look_at_reached, index, axis))
-
-    def _look_at_reached(self, index: int, axis: int, gradient: Tensor) -> None:
-        reached = elements.reached_units(gradient, axis)
-        each = gradient.numel() // len(reached)
-        self._put("outputs", index, "dead_units", reached, each)
-
-    def _on_terms(
-        self, index: int, original: Callable[..., Any], x: Tensor, branch: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
-        row = self._layers.select("blocks")[index]
-        self._on_enter(row)
-        if not self._watching():
-            return original(x, branch)
-        self._layers.called(row, None, joining=True)
-        outer, self._joining = self._joining, True
-        try:
-            if not self._wanted.of("blocks"):
-                return original(x, branch)
-            return self._measure_terms(index, original, x, branch)
-        finally:
-            self._joining = outer
-
-    def _measure_terms(
-        self, index: int, original: Callable[..., Any], x: Tensor, branch: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
-        buffer, wanted = self._buffers["blocks"], self._wanted.of("blocks")
-        if wanted & {"branch_x_grad_norm", "x_grad_cosine"} and x.requires_grad:
-            x = self._watch_split(index, wanted, x)
-        # A view of its own sees the gradient that comes this way alone; none comes where the term
-        # does not depend on it, and then it is exactly zero.
-        x = x.view_as(x)
-        for name, tensor in (("skip_grad_norm", x), ("branch_grad_norm", branch)):
-            if name in wanted and tensor.requires_grad:
-                buffer.expect(index, name)
-                self._watch_gradient("blocks", index, ((name, norm),), tensor)
-        skip_term, branch_term = original(x, branch)
-        began = time.perf_counter()
-        if "skip_rms" in wanted:
-            if skip_term is None:
-                buffer.expect(index, "skip_rms")
-            else:
-                self._add("blocks", index, (("skip_rms", norm),), skip_term.detach())
-        if "branch_rms" in wanted:
-            self._add("blocks", index, (("branch_rms", norm),), branch_term.detach())
-        self.seconds += time.perf_counter() - began
-        return skip_term, branch_term
-
-    def _watch_split(self, index: int, wanted: frozenset[str], x: Tensor) -> Tensor:
-        """Measure what comes to `x` through the skip, of which the view returned is for, beside
-        all that comes to it."""
-        through: list[Tensor] = []
-        view = x.view_as(x)
-
-        def look(gradient: Tensor) -> None:
-            skip = through.pop() if through else torch.zeros_like(gradient)
-            precision = torch.finfo(gradient.dtype).eps
-            if gradient.element_size() < 4:
-                gradient, skip = gradient.float(), skip.float()
-            rest = gradient - skip
-            if "branch_x_grad_norm" in wanted:
-                self._put("blocks", index, "branch_x_grad_norm", norm(rest), rest.numel())
-            if "x_grad_cosine" in wanted:
-                is_clear = norm(rest) > precision * norm(gradient)
-                cosine = torch.where(is_clear, elements.cosine(skip, rest), torch.nan)
-                self._put("blocks", index, "x_grad_cosine", cosine, 1)
-
-        self._on_backward(view, through.append)
-        self._on_backward(x, look)
-        return view
-
-    def _add(self, table: str, index: int, measures: _Measures, tensor: Tensor) -> None:
-        for name, measure in measures:
-            self._put(table, index, name, measure(tensor), tensor.numel())
-
-    def _put(self, table: str, index: int, name: str, value: Tensor, count: int) -> None:
-        known = value.item() if self._on_cpu and not value.dim() else value
-        self._buffers[table].add(index, name, known, count)
-
-    def _watch_gradient(self, table: str, index: int, measures: _Measures, tensor: Tensor) -> None:
-        self._on_backward(tensor, partial(self._add, table, index, measures))
-
-    def _on_backward(self, tensor: Tensor, look: Callable[[Tensor], None]) -> None:
-        """Have `look` see the gradient with respect to a tensor, in the step under way."""
-        handle = tensor.register_hook(partial(self._on_gradient, self._under_way, look))
-        if tensor.is_leaf:  # a parameter, say: it and the hook would stay
-            self._on_leaves.append(handle)
-
-    def _on_gradient(
-        self, under_way: int, look: Callable[[Tensor], None], gradient: Tensor
-    ) -> None:
-        if under_way == self._under_way and not (self._paused or is_batched(gradient)):
-            began = time.perf_counter()
-            look(gradient.detach())
-            self.seconds += time.perf_counter() - began
+    # --- measuring --------------------------------------------------------------------------------
 
     def _on_update(self, optimizer: Optimizer) -> None:
         began = time.perf_counter()
         with torch.no_grad():
             self._weights.updated(optimizer, last=len(self._updates.optimizers) == 1)
-        self.seconds += time.perf_counter() - began
+        self._seconds += time.perf_counter() - began
 
     @torch.no_grad()
     def step(
@@ -564,7 +315,7 @@ class Recorder:
         if not self._undo:
             raise RuntimeError("Recorder.step outside its `with` block: nothing is watched there")
         if self._updates.again:
-            self._forget()
+            self._passes.forget()
             return loss is None or not self._on_cpu or math.isfinite(loss)
         if {"step", "grad_norm"} & set(values):
             raise SpecError("Recorder.step: step and grad_norm are the recorder's own columns")
@@ -575,20 +326,22 @@ class Recorder:
         lr = self._updates.learning_rate(optimizer)
         given = {"loss": loss, "lr": lr} | self._over_ranks({"loss": loss, **values})
         kept = {name: _kept(value) for name, value in given.items() if value is not None}
-        self._close_passes()
-        total = self._record_weights(optimizer)
-        self._end_of_step()
+        scale = self._updates.loss_scale(self._device)
+        self._passes.close(self.next_step, self._ranks.world, scale)
+        total = self._record_weights(optimizer, scale)
+        self._passes.end_step()
         self.latest = kept if total is None else kept | {"grad_norm": _kept(total)}
         self._step_rows.append(self.latest | {"step": self.next_step})
         if self._layers.sharded:
             self.latest.pop("grad_norm", None)  # of this rank's part alone
-        finite = not self._on_cpu or self._non_finite(self.latest) is None
+        scaled = self._updates.scaler is not None
+        finite = not self._on_cpu or non_finite(self.latest, scaled=scaled) is None
         is_known = self._on_cpu and not self._layers.sharded
         alarmed = is_known and self._alarms(self.latest, self.next_step)
         self._updates.recorded()
         self.next_step += 1
-        self._attach()
-        self.seconds += time.perf_counter() - began
+        self._passes.expect(self._wanted_at(self.next_step))
+        self._seconds += time.perf_counter() - began
         if alarmed or (not finite and self.divergence is None):
             self.flush()
         return finite
@@ -600,57 +353,17 @@ class Recorder:
         self.alarm = step
         return True
 
-    def _close_passes(self) -> None:
-        """Make rows of what was seen in forward and backward passes since the step before."""
-        scale = self._updates.loss_scale(self._device)
-        for table, buffer in self._buffers.items():
-            if table != "weights" and self._wanted.of(table):
-                buffer.close(self.next_step, self._ranks.world, scale)
-        self._layers.close()
-        if self._passes:
-            fewest, most = self._range
-            self._range = min(fewest or self._passes, self._passes), max(most, self._passes)
-
-    def _record_weights(self, optimizer: Optimizer | None) -> Tensor | None:
+    def _record_weights(self, optimizer: Optimizer | None, scale: Tensor | None) -> Tensor | None:
         """The step's row of the table `weights`, if it measures one; the norm of all gradients."""
         gradients = self._weights.gradients(optimizer)
-        scale = self._updates.loss_scale(self._device)
         left = scale if self._updates.are_scaled(optimizer) else None
         found = self._weights.measure(gradients, left)
-        self._say_what_is_unread(found.measured)
+        self._passes.say_what_is_unread(found.measured)
         follows = self._schedules.get("grad_cosine")
         keep = follows is not None and follows(self.next_step + 1)
-        wanted = self._wanted.of("weights")
-        scales = left, scale
-        self._weights.record(wanted, self.next_step, gradients, found, scales, self._passes, keep)
-        return norm(found.norms) if found.measured.any() else None
-
-    def _say_what_is_unread(self, has_gradient: np.ndarray) -> None:
-        """Name, once, the layers with a gradient whose outputs should be measured and are not."""
-        if self._told or self._was_paused or not self._wanted.of("outputs"):
-            return
-        self._told = True
-        unread = [
-            row.layer
-            for row, has_one in zip(self._layers.select("outputs"), has_gradient, strict=True)
-            if has_one and self._layers.nearest(row.layer) is None
-        ]
-        if unread:
-            warnings.warn(
-                "gradflow: outputs are not recorded of layers that torch.compile runs, or that are "
-                f"used without being called: {_shown(unread)}",
-                stacklevel=4,
-            )
-
-    def _say_what_is_replaced(self) -> None:
-        """Name, once, the layers whose module is in the model no more: null from now on."""
-        gone = self._layers.drop_replaced()
-        if gone:
-            warnings.warn(
-                "gradflow: modules were replaced after the recorder was made, and are not recorded "
-                f"any more (another Recorder sees those in their place): {_shown(gone)}",
-                stacklevel=4,
-            )
+        wanted, count = self._passes.wanted.of("weights"), self._passes.count
+        self._weights.record(wanted, self.next_step, gradients, found, (left, scale), count, keep)
+        return torch.linalg.vector_norm(found.norms) if found.measured.any() else None
 
     def _over_ranks(self, values: dict[str, Any]) -> dict[str, Any]:
         """Means over the ranks, of what there is."""
@@ -711,17 +424,18 @@ class Recorder:
     # --- leaving the device -----------------------------------------------------------------------
 
     def _due(self) -> bool:
-        if any(buffer.full for buffer in self._buffers.values()):
+        if len(self._step_rows) >= buffers.FLUSH_STEPS or any(
+            b.full for b in self._buffers.values()
+        ):
             return True
-        waited = time.monotonic() - self._flushed
-        return len(self._step_rows) >= buffers.FLUSH_STEPS or (
-            self._writer is not None and waited > buffers.FLUSH_SECONDS and not self._layers.sharded
-        )
+        if self._writer is None or self._layers.sharded:
+            return False
+        return time.monotonic() - self._flushed > buffers.FLUSH_SECONDS
 
     def flush(self) -> None:
         """Empty the buffers into tables (and files). Waits for the device."""
         began = time.perf_counter()
-        self._say_what_is_replaced()
+        self._passes.say_what_is_replaced()
         drained = {name: buffer.drain() for name, buffer in self._buffers.items()}
         steps, self._step_rows = _plain(self._step_rows), []
         if self._layers.sharded and steps:
@@ -732,7 +446,9 @@ class Recorder:
         if not self._on_cpu or self._layers.sharded:
             events = [row["step"] for row in steps if self._alarms(row, row["step"])]
         if self.divergence is None:
-            self.divergence = self._first_divergence(steps, drained)
+            self.divergence = first_divergence(
+                steps, drained, self._layers, self._buffers, scaled=self._updates.scaler is not None
+            )
             events += [] if self.divergence is None else [self.divergence.step]
         if self._writer is not None and steps and self._layers.executed > self._modules_written:
             from gradflow import schema
@@ -749,7 +465,7 @@ class Recorder:
             self._emit("evaluations", _columns(self._evaluations, "step", np.int32))
             self._evaluations = []
         self._flushed = time.monotonic()
-        self.seconds += time.perf_counter() - began
+        self._seconds += time.perf_counter() - began
 
     def _write_flight(
         self,
@@ -801,7 +517,7 @@ class Recorder:
 
     def _conditions(self) -> Conditions:
         scaled = self._updates.scaler is not None
-        return Conditions(self._ranks.world, self._range, scaled, self._compiled)
+        return Conditions(self._ranks.world, self._passes.range, scaled, self._compiled)
 
     def _long_columns(self, name: str, found: Drained) -> dict[str, Any]:
         """Columns step, layer and one a quantity; layers in order of position, masked if null."""
@@ -824,74 +540,20 @@ class Recorder:
             columns[quantity.name] = np.ma.masked_array(numbers, ~measured[:, :, column][kept])
         return columns
 
-    # --- divergence -------------------------------------------------------------------------------
-
-    def _non_finite(self, row: Mapping[str, Any]) -> str | None:
-        if not math.isfinite(row.get("loss", 0.0)):
-            return "loss"
-        if self._updates.scaler is None and not math.isfinite(row.get("grad_norm", 0.0)):
-            return "grad_norm"
-        return None
-
-    def _first_divergence(
-        self, steps: list[dict[str, Any]], drained: Mapping[str, Drained]
-    ) -> Divergence | None:
-        for row in steps:
-            quantity = self._non_finite(row)
-            if quantity is not None:
-                found = self._origin(row["step"], drained)
-                return Divergence(row["step"], *(found or (None, quantity)))
-        return None
-
-    def _origin(self, step: int, drained: Mapping[str, Drained]) -> tuple[str, str] | None:
-        """The module at which `step` went wrong: forward from the input, else backward."""
-        forward: list[Any] = []
-        backward: list[Any] = []
-        for table, found in drained.items():
-            rows = self._layers.select(table)
-            for place in np.flatnonzero(found.steps == step):
-                for column, quantity in enumerate(self._buffers[table].chosen):
-                    values = found.values[place, :, column]
-                    bad = found.measured[place, :, column] & ~np.isfinite(values)
-                    side = backward if quantity.is_gradient else forward
-                    if (quantity.is_gradient and quantity.is_norm) or quantity.reduction == "rms":
-                        side += [
-                            (self._layers.place(rows[i], i), rows[i].layer, quantity.name)
-                            for i in np.flatnonzero(bad).tolist()
-                        ]
-        if forward:
-            return min(forward)[1:]
-        return max(backward)[1:] if backward else None
-
     def locate_forward(self, forward: Callable[[], Any]) -> str | None:
         """The first module, in order of execution, whose output is not finite in `forward()`.
 
         For a step whose outputs were not measured: repeat its forward pass with this. None where
         all outputs are finite. With several ranks all call it, and it is the first over them all.
         """
-        found: list[int] = []
-
-        def look(index: int, module: nn.Module, args: Any, output: Any) -> None:
-            if not found and not all(bool(t.isfinite().all()) for t in tensors_of(output)):
-                found.append(index)
-
-        handles = [
-            module.register_forward_hook(partial(look, index))
-            for index, module in enumerate(self._layers.owners)
-        ]
-        try:
-            with torch.no_grad():
-                forward()
-        finally:
-            for handle in handles:
-                handle.remove()
+        found = locate_forward(self._layers, forward)
         if self._ranks.world > 1:
-            index = found[0] if found else -1
-            place = self._layers.place(self._layers.rows[index])[0] if found else 2**62
+            index = -1 if found is None else found
+            place = 2**62 if found is None else self._layers.place(self._layers.rows[found])[0]
             mine = torch.tensor([place, index], device=self._device)
             _, index = min(gather(mine, self._ranks.world).tolist())
-            found = [index] if index >= 0 else []
-        return self._layers.rows[found[0]].layer if found else None
+            found = index if index >= 0 else None
+        return None if found is None else self._layers.rows[found].layer
 
     # --- what was recorded ------------------------------------------------------------------------
 
@@ -985,39 +647,6 @@ def unseen(model: nn.Module) -> Iterator[None]:
             if not parts.isdisjoint(recorder.model.modules()):
                 stack.enter_context(recorder.paused())
         yield
-
-
-_OF_OUTPUTS = {
-    "output_rms": norm,
-    "output_max": elements.largest,
-    "output_nonfinite": elements.nonfinite,
-}
-_OF_GRADIENTS = {
-    "output_grad_norm": norm,
-    "output_grad_zeros": elements.zeros,
-    "output_grad_subnormals": elements.subnormals,
-}
-"""What makes a number of a tensor."""
-_Measures = tuple[tuple[str, Callable[[Tensor], Tensor]], ...]
-
-
-class _Wanted:
-    """What a step measures, by table; of outputs apart by what it is made of."""
-
-    def __init__(self, tables: Mapping[str, frozenset[str]]):
-        self._tables = tables
-        names = self.of("outputs")
-        self.outputs: _Measures = tuple((n, f) for n, f in _OF_OUTPUTS.items() if n in names)
-        self.gradients: _Measures = tuple((n, f) for n, f in _OF_GRADIENTS.items() if n in names)
-        self.units = names & {"output_spread", "dead_units"}
-
-    def of(self, table: str) -> frozenset[str]:
-        return self._tables.get(table, frozenset())
-
-
-def _shown(layers: Sequence[str]) -> str:
-    more = len(layers) - _NAMED
-    return ", ".join(layers[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _kept(value: Tensor | float) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +24,9 @@ from gradflow.recording.shards import local, share
 from gradflow.recording.updates import parameters_of
 
 Tensors = Sequence[Tensor | None]
+_Formats = tuple[int, list[torch.dtype]]
+"""Of several tensors: their number of elements, and each one's number format."""
+_DTYPE = operator.attrgetter("dtype")
 
 _COUNTED: dict[str, Callable[[Tensor], Tensor]] = {
     "grad_nonfinite": elements.nonfinite,
@@ -37,9 +42,18 @@ class _Plan:
     """For parameters' tensors of which the same are there, in the same shapes, again and again."""
 
     present: list[bool]
-    shapes: list[torch.Size]
+    formats: _Formats
+    is_dense: bool
     norms: Norms
     measured: np.ndarray
+
+    def suits(self, present: list[bool], there: Sequence[Tensor]) -> bool:
+        """Whether its norms are those of these tensors, unless they raise RuntimeError.
+
+        Where they are as many elements in all, and each fits into its place, shapes are the same:
+        to compare them would take as long as to measure small tensors.
+        """
+        return self.is_dense and self.present == present and self.formats == _formats(there)
 
 
 @dataclass
@@ -142,26 +156,29 @@ class Weights:
 
     # --- norms ------------------------------------------------------------------------------------
 
-    def _norms(self, of: str, tensors: Tensors) -> Found:
+    def _norms(self, of: str, tensors: Tensors, less: Tensors = ()) -> Found:
+        """Of the parameters' tensors, or of what they are more than `less`."""
         present = [tensor is not None for tensor in tensors]
         there = [t for t in tensors if t is not None]
+        others = [t for t in less if t is not None] or None
         if self._layers.sharded:
             there = [local(t) for t in there]
-        there = [t if t.layout == torch.strided else values_of(t) for t in there]
-        shapes = [tensor.shape for tensor in there]
         plan = self._plans.get(of)
-        if plan is None or plan.present != present or plan.shapes != shapes:
-            # Another parameter has no gradient, or a sparse one other rows.
-            plan = self._plans[of] = self._plan(present, there)
-        return Found(plan.norms(there), plan.measured, present)
+        if plan is not None and plan.suits(present, there):
+            with contextlib.suppress(RuntimeError):
+                return Found(plan.norms(there, others), plan.measured, present)
+        plan = self._plans[of] = self._plan(present, there)
+        stored = there if plan.is_dense else [_stored(t) for t in there]
+        return Found(plan.norms(stored, others), plan.measured, present)
 
     def _plan(self, present: list[bool], there: list[Tensor]) -> _Plan:
         places = [place for place, is_there in enumerate(present) if is_there]
         groups = [self._module[place] for place in places]
         shares = None if self._shares is None else list(itertools.compress(self._shares, present))
-        shapes = [tensor.shape for tensor in there]
-        norms = Norms(there, groups, len(self._layers.own), shares)
-        return _Plan(present, shapes, norms, self._measured(present))
+        stored = [_stored(tensor) for tensor in there]
+        is_dense = all(map(operator.is_, stored, there))
+        norms = Norms(stored, groups, len(self._layers.own), shares)
+        return _Plan(present, _formats(there), is_dense, norms, self._measured(present))
 
     def _measured(self, present: Sequence[bool]) -> np.ndarray:
         """Of each module, whether any of its own parameters is there."""
@@ -183,9 +200,7 @@ class Weights:
         """The parameters as they are, in the copies of last time where their shapes fit."""
         parameters = self._layers.parameters()
         there = [local(p.detach()) for p in parameters if p is not None]
-        if [_format(p) for p in there] == [_format(p) for p in self._store]:
-            torch._foreach_copy_(self._store, there)
-        else:
+        if _formats(there) != _formats(self._store) or not _copied(there, self._store):
             self._store = [p.clone() for p in there]
         copies = iter(self._store)
         return [None if p is None else next(copies) for p in parameters]
@@ -195,7 +210,7 @@ class Weights:
         if self._before is None or self._buffer is None or not self._buffer.steps:
             return  # not measured at this step, or the step has left the buffer
         self._updated |= parameters_of(optimizer)
-        found = self._norms("updates", self._moved())
+        found = self._norms("updates", *self._moved())
         if "update_norm" in self._wanted:
             self._fill("update_norm", found.norms, found.measured)
         if "update_ratio" in self._wanted:
@@ -204,22 +219,20 @@ class Weights:
         if last:
             self._before = None
 
-    def _moved(self) -> list[Tensor | None]:
-        """Parameters as they are less what they were, of those that any optimizer updated."""
+    def _moved(self) -> tuple[Tensors, Tensors]:
+        """Parameters as they are and as they were, of those that any optimizer updated."""
         assert self._before is not None
-        pairs = zip(self._layers.parameters(), self._before, strict=True)
-        both = {
-            place: (local(after.detach()), before)
-            for place, (after, before) in enumerate(pairs)
-            if after is not None and before is not None and id(after) in self._updated
-        }
-        both = {place: (a, b) for place, (a, b) in both.items() if a.shape == b.shape}
-        moved: list[Tensor | None] = [None] * len(self._before)
-        if both:
-            now, then = (list(map(_wider, of)) for of in zip(*both.values(), strict=True))
-            for place, tensor in zip(both, torch._foreach_sub(now, then), strict=True):
-                moved[place] = tensor
-        return moved
+        pairs = list(zip(self._layers.parameters(), self._before, strict=True))
+        pairs = [
+            (after, before)
+            if after is not None
+            and before is not None
+            and id(after) in self._updated
+            and local(after).shape == before.shape
+            else (None, None)
+            for after, before in pairs
+        ]
+        return [after for after, _ in pairs], [before for _, before in pairs]
 
     # --- details ----------------------------------------------------------------------------------
 
@@ -379,9 +392,17 @@ def _dense(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
-def _wider(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.element_size() < 4 else tensor
+def _formats(tensors: Sequence[Tensor]) -> _Formats:
+    return sum(map(Tensor.numel, tensors)), list(map(_DTYPE, tensors))
 
 
-def _format(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
+def _copied(tensors: list[Tensor], store: list[Tensor]) -> bool:
+    """Whether the tensors could be written into the store."""
+    with contextlib.suppress(RuntimeError):  # other shapes
+        torch._foreach_copy_(store, tensors)
+        return True
+    return False
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout == torch.strided else values_of(tensor)
