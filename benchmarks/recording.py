@@ -266,8 +266,13 @@ ARMS: dict[str, Arm] = {
         "gradient and weight norms every step, outputs and blocks every tenth",
         ours=True,
     ),
+    "updates": Arm(
+        partial(_gradflow, quantities=("weight_grad_norm", "update_norm")),
+        "gradient and update norms of each module, every step",
+        ours=True,
+    ),
     "weights, all": Arm(
-        partial(_gradflow, quantities=_WEIGHTS),
+        partial(_gradflow, quantities=_WEIGHTS, schedule=every(1)),
         "gradient, weight and update norms, every step",
         ours=True,
     ),
