@@ -45,4 +45,4 @@ def test_the_examples_run(title: str) -> None:
     if title == "Beyond norms":
         assert "grad_rank" in said.getvalue()
     else:
-        assert re.search(r"Step 1\d\d: .* 16 steps .* lr, from step 100 on", said.getvalue(), re.S)
+        assert re.search(r"Step 1\d\d.* 16 steps .* lr, from step 100 on", said.getvalue(), re.S)

@@ -198,7 +198,7 @@ def summary(run: Run) -> list[str]:
     lines = [_ending(run), *tables.other_circumstances(run)]
     if run.steps_of("weights").size:
         lines += [line for examined in diagnosis.diagnose_run(run) for line in examined.lines()]
-    lines += flight.story(run.with_modules("flight"))
+    lines += flight.story(run.with_modules("flight"), run.record.get("divergence"))
     return [*lines, *_readings(run), f"recorded in {run.path}"]
 
 

@@ -202,6 +202,7 @@ def diagnose_tables(
     probes: pd.DataFrame | None = None,
     *,
     step: int | None = None,
+    loss: float | None = None,
 ) -> Examination:
     """What the tables of one run show at one step.
 
@@ -211,6 +212,7 @@ def diagnose_tables(
         probes: probes.parquet's, for `input_gradient_cosine` or `gradient_autocorrelation`.
         step: which; by default the first of `weights`. Outputs and probes are those of the nearest
             step at which they were measured, and not told of another than `step` if that is 0.
+        loss: of that step, if it is known.
 
     Raises:
         GradflowError: nothing was recorded, or not at that step.
@@ -225,7 +227,7 @@ def diagnose_tables(
         name: _nearest(frame, at)
         for name, frame in {"weights": weights, "outputs": outputs, "probes": probes}.items()
     }
-    return _examine(_Record(**frames), at)
+    return _examine(_Record(**frames, loss=loss), at)
 
 
 def diagnose_run(run: Run) -> list[Examination]:
@@ -300,6 +302,7 @@ class _Record:
     weights: pd.DataFrame
     outputs: pd.DataFrame
     probes: pd.DataFrame
+    loss: float | None = None
 
     @cached_property
     def _asked(self) -> dict[str, pd.DataFrame]:
@@ -444,11 +447,15 @@ def _non_finite(record: _Record) -> Found:
         return "not recorded"
     bad = {n: [str(x) for x in s.index[~np.isfinite(s)]] for n, s in values.items()}
     names = dict.fromkeys(name for part in bad.values() for name in part)
-    if not names:
+    lost = record.loss is not None and not math.isfinite(record.loss)
+    if not names and not lost:
         return []
     words = {"output_rms": "outputs", "output_grad_norm": "gradients of outputs",
              "weight_grad_norm": "gradients of weights"}  # fmt: skip
     told = [f"{words[name]} in {len(part)} modules" for name, part in bad.items() if part]
+    if lost:
+        own = " (all outputs of modules are finite)" if not bad["output_rms"] else ""
+        told.insert(0, f"the loss{own}")
     layers = sorted(names, key=lambda name: record.positions([name])[0])
     evidence = {f"{name}_non_finite": float(len(part)) for name, part in bad.items()}
     return [Diagnosis(NON_FINITE, f"NaN or Inf: {', '.join(told)}", tuple(layers), evidence)]

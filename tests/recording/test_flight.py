@@ -137,7 +137,8 @@ def test_a_saved_run_has_it(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     assert len(run.frame("flight")) == len(recorder.table("flight"))
     assert story(run.with_modules("flight"))[0] == (
-        "Step 20: output_rms of 2 is the first that is not finite (inf), in the forward pass."
+        "Step 20: weight_norm of 2 is the first that is not finite (inf), in the parameters, "
+        "before the step."
     )
 
 
@@ -223,3 +224,129 @@ def test_a_single_step_has_no_past() -> None:
 def test_the_factors_are_of_the_first_half_s_median() -> None:
     told = story(flight({("a", "output_rms"): [1, 3, 2, 50, 100, math.inf]}))
     assert "output_rms of a, from step 103 on (50-fold by the last step)" in told[-1]
+
+
+def test_a_loss_that_is_infinite_behind_finite_outputs() -> None:
+    """log(0) in the loss, say: the gradients that follow are no beginning."""
+    told = story(
+        flight(
+            {
+                ("a", "output_rms"): [1, 1],
+                ("a", "output_grad_norm"): [1, math.nan],
+                (None, "loss"): [1, math.inf],
+            }
+        )
+    )
+    assert told[0].startswith(
+        "Step 101: the loss is the first that is not finite (inf), all outputs being finite"
+    )
+
+
+def test_outputs_that_were_not_measured_are_not_called_finite() -> None:
+    told = story(flight({("a", "weight_grad_norm"): [1, math.nan], (None, "loss"): [1, math.nan]}))
+    assert "outputs were not measured" in told[0]
+
+
+def test_a_step_that_a_scaler_skipped_is_not_the_beginning() -> None:
+    told = story(
+        flight(
+            {
+                ("a", "weight_grad_norm"): [math.inf, 1, 1, math.nan],
+                ("a", "output_rms"): [1, 1, 1, math.nan],
+                (None, "loss"): [1, 1, 1, math.nan],
+                (None, "grad_norm"): [math.inf, 1, 1, math.nan],
+            }
+        )
+    )
+    assert told[0].startswith("Step 103: output_rms of a")
+
+
+def test_what_was_infinite_all_along_is_no_beginning() -> None:
+    told = story(
+        flight(
+            {
+                ("a", "output_rms"): [math.inf, math.inf],
+                ("b", "output_rms"): [1, math.nan],
+                (None, "loss"): [1, math.nan],
+            }
+        )
+    )
+    assert told[0].startswith("Step 101: output_rms of b")
+
+
+def test_cosines_and_shares_are_not_said_to_grow() -> None:
+    told = story(
+        flight({("a", "grad_cosine"): [0.01, 0.02, 0.01, 0.9], (None, "loss"): [1, 1, 1, math.nan]})
+    )
+    assert told[-1] == "In the steps before, no number grew 10-fold."
+
+
+class Around(nn.Module):
+    """Has a parameter of its own, and is left after what it is around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.inner = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x * self.scale)
+
+
+def test_a_module_around_the_one_that_broke_is_not_named() -> None:
+    model, inputs = Around(), X.clone()
+    model.inner[2].register_forward_pre_hook(lambda module, args: (args[0] * scale[0],))
+    scale = [1.0]
+    with Recorder(model, flight=K) as recorder:
+        for scale[0] in (1.0, 1.0, math.inf):
+            model.zero_grad()
+            loss = model(inputs).square().mean()
+            loss.backward()
+            recorder.step(loss)
+    assert recorder.divergence is not None
+    assert recorder.divergence.layer == "inner.2"
+    assert recorder.story().startswith("Step 2: output_rms of inner.2")
+
+
+def test_two_events_are_told_one_by_one() -> None:
+    with Recorder(network(), flight=K, rule=lambda row: row["step"] == 8) as recorder:
+        train(recorder, 60, break_at=40)
+    told = recorder.story().splitlines()
+    assert [line for line in told if line.startswith("Step")] == [
+        "Step 8, the last that was kept: all its numbers are finite.",
+        "Step 40: weight_norm of 2 is the first that is not finite (inf), in the parameters, "
+        "before the step.",
+    ]
+    assert sum("In the 6 steps up to it" in line for line in told) == 2
+
+
+def test_a_recorder_that_goes_on_keeps_what_was_kept() -> None:
+    model = network()
+    with Recorder(model, flight=K) as first:
+        train(first, 10)
+        first.flush()
+        state = first.state_dict()
+    after = Recorder(model, flight=K)
+    after.load_state_dict(state)
+    with after:
+        train(after, 40, break_at=2)
+    assert sorted(set(after.table("flight")["step"])) == list(range(7, 13))
+
+
+def train_until(recorder: Recorder, error: type[BaseException]) -> None:
+    with recorder:
+        train(recorder, 9)
+        raise error
+
+
+def test_where_the_loop_raises_the_last_steps_are_written() -> None:
+    """`if not isfinite(loss): raise` in front of `step` is the commonest guard of all."""
+    recorder = Recorder(network(), flight=K)
+    with pytest.raises(ZeroDivisionError):
+        train_until(recorder, ZeroDivisionError)
+    assert sorted(set(recorder.table("flight")["step"])) == list(range(3, 9))
+    assert recorder.story().startswith("Step 8, the last that was kept: all its numbers are finite")
+    stopped = Recorder(network(), flight=K)
+    with pytest.raises(KeyboardInterrupt):
+        train_until(stopped, KeyboardInterrupt)
+    assert stopped.table("flight").empty

@@ -75,7 +75,8 @@ def _diagnosed(
         recorder.step(value.detach())
     weights, outputs = recorder.table("weights"), recorder.table("outputs")
     _add(outputs, "saturated", saturation.shares())
-    return replace(diagnose_tables(weights, outputs, _probed(model, inputs, seed)), step=None)
+    found = diagnose_tables(weights, outputs, _probed(model, inputs, seed), loss=value.item())
+    return replace(found, step=None)
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:

@@ -47,20 +47,50 @@ def first_divergence(
     drained: Mapping[str, Drained],
     layers: Layers,
     buffers: Mapping[str, Buffer],
+    usual: set[tuple[str, str]],
     *,
     scaled: bool,
 ) -> Divergence | None:
-    """Of the rows of the table `steps` that left with what was drained from the buffers."""
+    """Of the rows of the table `steps` that left with what was drained from the buffers.
+
+    Args:
+        usual: layers and quantities of outputs that were not finite before, of which nothing came,
+            as a mask's are: no origin, if there is another. Added to.
+    """
     for row in steps:
         quantity = non_finite(row, scaled=scaled)
         if quantity is not None:
-            found = _origin(row["step"], drained, layers, buffers)
+            _note(row["step"], drained, layers, buffers, usual)
+            found = _origin(row["step"], drained, layers, buffers, usual)
             return Divergence(row["step"], *(found or (None, quantity)))
+    _note(None, drained, layers, buffers, usual)
     return None
 
 
+def _note(
+    step: int | None,
+    drained: Mapping[str, Drained],
+    layers: Layers,
+    buffers: Mapping[str, Buffer],
+    usual: set[tuple[str, str]],
+) -> None:
+    """Add to `usual` what was not finite before `step`."""
+    for table, found in drained.items():
+        rows = layers.select(table)
+        earlier = found.steps >= 0 if step is None else found.steps < step
+        for column, quantity in enumerate(buffers[table].chosen):
+            if quantity.reduction == "rms":
+                bad = found.measured[earlier, :, column]
+                bad = bad & ~np.isfinite(found.values[earlier, :, column])
+                usual |= {(rows[i].layer, quantity.name) for i in np.flatnonzero(bad.any(axis=0))}
+
+
 def _origin(
-    step: int, drained: Mapping[str, Drained], layers: Layers, buffers: Mapping[str, Buffer]
+    step: int,
+    drained: Mapping[str, Drained],
+    layers: Layers,
+    buffers: Mapping[str, Buffer],
+    usual: set[tuple[str, str]],
 ) -> tuple[str, str] | None:
     """The module at which `step` went wrong: forward from the input, else backward."""
     forward: list[Any] = []
@@ -77,9 +107,18 @@ def _origin(
                         (layers.place(rows[i], i), rows[i].layer, quantity.name)
                         for i in np.flatnonzero(bad).tolist()
                     ]
+    forward = [found for found in forward if found[1:] not in usual] or forward
     if forward:
-        return min(forward)[1:]
+        return _innermost(forward, layers)[1:]
     return max(backward)[1:] if backward else None
+
+
+def _innermost(forward: list[Any], layers: Layers) -> Any:
+    """The first, but for what is only around others that were not finite before it was."""
+    first = min(forward)
+    while inside := [found for found in forward if layers.is_inside(found[1], first[1])]:
+        first = min(inside)
+    return first
 
 
 def locate_forward(layers: Layers, forward: Callable[[], Any]) -> int | None:

@@ -15,6 +15,8 @@ from gradflow.recording.quantities import Quantity
 Rule = Callable[[Mapping[str, float]], bool]
 """Whether a step's row of the table `steps` (`loss`, `grad_norm`, `lr`, …) is worth the record."""
 
+_ARRAYS = {"steps": np.int32, "values": np.float64, "measured": bool, "elements": np.float64}
+
 
 class Flight:
     """What was measured in the last `length` steps that left the buffers."""
@@ -24,6 +26,23 @@ class Flight:
         self._tables: dict[str, Drained] = {}
         self._rows: list[dict[str, Any]] = []
         self._written = -1  # the last step that was
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, as plain data."""
+        tables = {
+            name: {label: getattr(found, label).tolist() for label in _ARRAYS}
+            for name, found in self._tables.items()
+        }
+        return {"rows": list(self._rows), "written": self._written, "tables": tables}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep what that one had."""
+        self._rows, self._written = list(state["rows"]), state["written"]
+        self._tables = {
+            name: Drained(*(np.array(found[label], kind) for label, kind in _ARRAYS.items()))
+            for name, found in state["tables"].items()
+            if found["steps"]
+        }
 
     def keep(self, drained: Mapping[str, Drained], rows: list[dict[str, Any]]) -> None:
         """Take in what leaves the buffers, and forget what is too old."""
@@ -71,10 +90,7 @@ class Flight:
 
 def _joined(one: Drained, other: Drained) -> Drained:
     return Drained(
-        *(
-            np.concatenate([getattr(one, name), getattr(other, name)])
-            for name in ("steps", "values", "measured", "elements")
-        )
+        *(np.concatenate([getattr(one, name), getattr(other, name)]) for name in _ARRAYS)
     )
 
 

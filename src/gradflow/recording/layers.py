@@ -133,6 +133,10 @@ class Layers:
             self._slots[place] = ({}, "")
         return [self.rows[i].layer for i in gone]
 
+    def is_inside(self, layer: str, other: str) -> bool:
+        """Whether a layer is a part of the other."""
+        return layer != other and (self._tree[other] == 0 or layer.startswith(f"{other}."))
+
     def select(self, table: str) -> list[Layer]:
         """The rows that a table has values of."""
         count = len(self.owners)
@@ -169,10 +173,10 @@ class Layers:
         self._entered.clear()
         self._calls.clear()
 
-    def close(self) -> list[str]:
-        """Give a place to what this step was the first to execute: the names of these layers."""
+    def close(self) -> None:
+        """Give a place to what this step was the first to execute."""
         if not self._entered:
-            return []
+            return
         new = [self._calls[layer] for layer in self._entered if layer in self._calls]
         for call in new:
             if call.signature is not None:
@@ -183,7 +187,6 @@ class Layers:
             self._describe(index)
         self._compiled = _compiled(self._model)
         self.forget()
-        return [call.row.layer for call in new]
 
     @property
     def executed(self) -> int:

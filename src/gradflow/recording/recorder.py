@@ -89,10 +89,11 @@ class Recorder:
             which comparisons pair.
         flight: a number of steps: all norms are then measured at every step, and what the schedule
             does not ask for is kept that long, to be written as the table `flight` where loss or
-            gradient is not finite, or `rule` holds for the first time. `story` tells what led to
-            it.
-        rule: of the step's numbers, `lambda row: row["grad_norm"] > 1e3`. On a GPU it is asked
-            when buffers are emptied.
+            gradient is not finite, `rule` holds for the first time, or the loop raises. `story`
+            tells what led to it.
+        rule: of the step's row of the table `steps`, `lambda row: row["grad_norm"] > 1e3`: what
+            was given to `step`, and `step`, `grad_norm` and `lr`. On a GPU it is asked when buffers
+            are emptied.
         scaler: the loop's GradScaler, if it has one: what is recorded is divided by its scale, but
             for parameters' gradients that it has unscaled already; and a gradient that overflows is
             the scaler's to skip, and no divergence.
@@ -143,6 +144,7 @@ class Recorder:
         self.model = model
         self.divergence: Divergence | None = None
         self.alarm: int | None = None
+        self._usual: set[tuple[str, str]] = set()  # outputs with infinities of which nothing came
         self._seconds = 0.0
         self.next_step = 0
         self.latest: dict[str, Any] = {}
@@ -151,7 +153,7 @@ class Recorder:
         self._save = save if self._ranks.rank == 0 else None
         self._meta = dict(meta or {})
         self._updates = Updates(listed, scaler)
-        if flight is not None and flight < 1:
+        if flight is not None and (type(flight) is not int or flight < 1):
             raise SpecError(f"flight={flight}: wants a number of steps, from 1")
         if rule is not None and flight is None:
             raise SpecError("rule: give flight, the number of steps to keep for it")
@@ -191,13 +193,19 @@ class Recorder:
         return self._seconds + self._passes.seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """What a recorder needs to number on where this one stands, after a `flush`; plain data."""
+        """What a recorder needs to go on where this one stands, after a `flush`.
+
+        Plain data, and the gradients of the last step where the next wants a cosine with them.
+        """
         divergence = None if self.divergence is None else asdict(self.divergence)
         return {
             "next_step": self.next_step,
             "seconds": self.seconds,
             "metrics": dict(self._metrics),
             "divergence": divergence,
+            "alarm": self.alarm,
+            "previous": self._weights.previous,
+            "flight": None if self._flight is None else self._flight.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -206,6 +214,10 @@ class Recorder:
         self._metrics = dict(state["metrics"])
         found = state["divergence"]
         self.divergence = None if found is None else Divergence(**found)
+        self.alarm = state.get("alarm")
+        self._weights.previous = state.get("previous")
+        if self._flight is not None and state.get("flight") is not None:
+            self._flight.load_state_dict(state["flight"])
         if self._undo:
             self._passes.expect(self._wanted_at(self.next_step))
 
@@ -237,6 +249,8 @@ class Recorder:
         self._weights.clear()
         if kind is None or not self._layers.sharded:  # the other ranks may not come this far
             self.flush()
+        if isinstance(error, Exception) and self.divergence is None and self._flight is not None:
+            self._emit("flight", self._led_to(self._flight, self.next_step - 1))
         if isinstance(self._save, str | Path) and self._writer is not None:
             self._finish_external(self._writer, kind, error)
 
@@ -337,7 +351,7 @@ class Recorder:
         scaled = self._updates.scaler is not None
         finite = not self._on_cpu or non_finite(self.latest, scaled=scaled) is None
         is_known = self._on_cpu and not self._layers.sharded
-        alarmed = is_known and self._alarms(self.latest, self.next_step)
+        alarmed = is_known and self._alarms(self._step_rows[-1], self.next_step)
         self._updates.recorded()
         self.next_step += 1
         self._passes.expect(self._wanted_at(self.next_step))
@@ -442,12 +456,18 @@ class Recorder:
             self._put_together(drained, steps)
         for name, found in drained.items():
             found.finish(self._buffers[name].chosen)
-        events = [] if self.alarm is None else [self.alarm]
+        known = self.alarm is not None and any(row["step"] == self.alarm for row in steps)
+        events = [self.alarm] if known and self.alarm is not None else []
         if not self._on_cpu or self._layers.sharded:
             events = [row["step"] for row in steps if self._alarms(row, row["step"])]
         if self.divergence is None:
             self.divergence = first_divergence(
-                steps, drained, self._layers, self._buffers, scaled=self._updates.scaler is not None
+                steps,
+                drained,
+                self._layers,
+                self._buffers,
+                self._usual,
+                scaled=self._updates.scaler is not None,
             )
             events += [] if self.divergence is None else [self.divergence.step]
         if self._writer is not None and steps and self._layers.executed > self._modules_written:
@@ -476,18 +496,20 @@ class Recorder:
     ) -> None:
         """Write what led to the events, if any; leave the tables what the schedules ask for."""
         flight.keep(drained, steps)
-        layers = {name: self._layers.select(name) for name in self._buffers}
-        chosen = {name: buffer.chosen for name, buffer in self._buffers.items()}
         for step in events:
-            self._emit("flight", flight.columns(step, layers, chosen))
+            self._emit("flight", self._led_to(flight, step))
         flight.forget()
         for name, found in drained.items():
-            for column, quantity in enumerate(chosen[name]):
+            found.measured = found.measured.copy()  # the flight record has this one
+            for column, quantity in enumerate(self._buffers[name].chosen):
                 asked = map(self._schedules[quantity.name], found.steps.tolist())
                 asked_for = np.fromiter(asked, bool, len(found.steps))
-                # Another array: the flight record has this one.
-                found.measured = found.measured.copy() if column == 0 else found.measured
                 found.measured[:, :, column] &= asked_for[:, None]
+
+    def _led_to(self, flight: Flight, step: int) -> dict[str, Any]:
+        layers = {name: self._layers.select(name) for name in self._buffers}
+        chosen = {name: buffer.chosen for name, buffer in self._buffers.items()}
+        return flight.columns(step, layers, chosen)
 
     def _put_together(self, drained: dict[str, Drained], steps: list[dict[str, Any]]) -> None:
         """Make values of this rank's part of the parameters those of the whole."""
@@ -590,7 +612,8 @@ class Recorder:
         """
         from gradflow.flight import story
 
-        return "\n".join(story(self.table("flight")))
+        found = None if self.divergence is None else asdict(self.divergence)
+        return "\n".join(story(self.table("flight"), found))
 
     def plot(self, step: int | None = None) -> Figure:
         """The profile: gradient norm of each module's weights against position, log scale.

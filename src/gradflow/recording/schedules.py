@@ -41,6 +41,9 @@ def scheduled(
         SpecError: a key that is neither.
     """
     given = dict(schedule) if isinstance(schedule, Mapping) else {}
+    for one in given.values() if isinstance(schedule, Mapping) else (schedule,):
+        if one is not None and not callable(one):
+            raise SpecError(f"schedule: {one!r}: wants functions of the step, such as every(10)")
     for name in given:
         if name not in DEFAULTS and name not in QUANTITIES:
             allowed = ", ".join(("weights", "outputs", "blocks", "details"))

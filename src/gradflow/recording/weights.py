@@ -87,7 +87,7 @@ class Weights:
         self._before: list[Tensor | None] | None = None  # parameters as they were
         self._weight_norms: Tensor | None = None
         self._updated: set[int] = set()  # ids of the parameters that were, since the step
-        self._previous: list[Tensor | None] | None = None  # gradients of the step before
+        self.previous: list[Tensor | None] | None = None  # gradients of the step before
         self._passes: dict[int, list[Tensor]] = {}  # place -> squared norms, one a backward pass
         self._others: dict[int, Tensor] = {}  # place -> squared norm of what else `.grad` has
         self._hooks: list[tuple[Any, Any]] = []  # handle, the node it is on
@@ -131,17 +131,17 @@ class Weights:
             if "weight_norm" in wanted or "update_ratio" in wanted:
                 self._record_parameters()
             self._record_elements(gradients, scales[0])
-            if "grad_cosine" in wanted and self._previous is not None:
-                self._record_cosines(gradients, self._previous)
+            if "grad_cosine" in wanted and self.previous is not None:
+                self._record_cosines(gradients, self.previous)
             if "grad_rank" in wanted:
                 self._record_ranks(gradients)
             if "noise_scale" in wanted:
                 self._record_noise(gradients, scales, passes)
             if "update_norm" in wanted or "update_ratio" in wanted:
                 self._before = self._copies()
-        self._previous = None
+        self.previous = None
         if keep:
-            self._previous = [None if g is None else _dense(g).clone() for g in gradients]
+            self.previous = [None if g is None else _dense(g).clone() for g in gradients]
 
     def forget(self) -> None:
         """Drop what was kept for the update of the step before."""
@@ -151,7 +151,7 @@ class Weights:
     def clear(self) -> None:
         """Drop all that was kept of any step."""
         self.forget()
-        self._previous, self._store = None, []
+        self.previous, self._store = None, []
         self._plans.clear()  # small tensors are copied into theirs
 
     # --- norms ------------------------------------------------------------------------------------
@@ -281,7 +281,9 @@ class Weights:
         ]
         present = [pair is not None for pair in pairs]
         both = [
-            (_dense(p[0]).to(self._dtype), p[1].to(self._dtype)) for p in pairs if p is not None
+            (_dense(p[0]).to(self._dtype), p[1].to(p[0].device, self._dtype))
+            for p in pairs
+            if p is not None
         ]
         products, here, there = (
             self._sums(self._spread(present, [(a * b).sum() for a, b in tensors]))

@@ -99,12 +99,14 @@ class GradientFlow(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The recorder's place, so that a Trainer that goes on from a checkpoint numbers on."""
+        if not hasattr(self, "recorder"):  # a checkpoint without a fit
+            return dict(self._state or {})
         self.recorder.flush()
         return self.recorder.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict` at the next fit."""
-        self._state = state_dict
+        self._state = state_dict or None
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
