@@ -159,10 +159,8 @@ class Weights:
     def _norms(self, of: str, tensors: Tensors, less: Tensors = ()) -> Found:
         """Of the parameters' tensors, or of what they are more than `less`."""
         present = [tensor is not None for tensor in tensors]
-        there = [t for t in tensors if t is not None]
+        there = self._local([t for t in tensors if t is not None])
         others = [t for t in less if t is not None] or None
-        if self._layers.sharded:
-            there = [local(t) for t in there]
         plan = self._plans.get(of)
         if plan is not None and plan.suits(present, there):
             with contextlib.suppress(RuntimeError):
@@ -170,6 +168,9 @@ class Weights:
         plan = self._plans[of] = self._plan(present, there)
         stored = there if plan.is_dense else [_stored(t) for t in there]
         return Found(plan.norms(stored, others), plan.measured, present)
+
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        return list(map(local, tensors)) if self._layers.sharded else tensors
 
     def _plan(self, present: list[bool], there: list[Tensor]) -> _Plan:
         places = [place for place, is_there in enumerate(present) if is_there]
@@ -199,7 +200,7 @@ class Weights:
     def _copies(self) -> list[Tensor | None]:
         """The parameters as they are, in the copies of last time where their shapes fit."""
         parameters = self._layers.parameters()
-        there = [local(p.detach()) for p in parameters if p is not None]
+        there = self._local([p for p in parameters if p is not None])
         if _formats(there) != _formats(self._store) or not _copied(there, self._store):
             self._store = [p.clone() for p in there]
         copies = iter(self._store)
@@ -222,15 +223,14 @@ class Weights:
     def _moved(self) -> tuple[Tensors, Tensors]:
         """Parameters as they are and as they were, of those that any optimizer updated."""
         assert self._before is not None
-        pairs = list(zip(self._layers.parameters(), self._before, strict=True))
         pairs = [
             (after, before)
             if after is not None
             and before is not None
             and id(after) in self._updated
-            and local(after).shape == before.shape
+            and (self._layers.sharded or after.shape == before.shape)
             else (None, None)
-            for after, before in pairs
+            for after, before in zip(self._layers.parameters(), self._before, strict=True)
         ]
         return [after for after, _ in pairs], [before for _, before in pairs]
 
