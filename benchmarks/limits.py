@@ -2,8 +2,8 @@
 
 `python -m benchmarks.limits [least] [buffers] [run] [start] [--steps N]`, by default all four:
 
-- `least`: the time it takes to read the parameters and their gradients once, which the default
-  content needs at least, and what gradflow adds to a step.
+- `least`: the time it takes to read all gradients once, which their norms need at least, and what
+  gradflow adds to a step for them.
 - `buffers`: what a recorder of a network of 152 layers holds.
 - `run`: a training step of gradflow's own runs (Lightning, recorder, store, evaluations) over one
   of a bare loop on the same network and batches, in turn.
@@ -59,20 +59,19 @@ def read_seconds(size: int) -> float:
 def least(task: str, steps: int) -> str:
     """A line: what reading costs at least, what one call of torch's costs, and gradflow."""
     network = TASKS[task].network()
-    parameters = list(network.parameters())
-    size = 2 * sum(p.numel() * p.element_size() for p in parameters)
+    tensors = [torch.rand_like(parameter) for parameter in network.parameters()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     reading = read_seconds(size)
-    tensors = [tensor.detach() for p in parameters for tensor in (p, torch.rand_like(p))]
     # In float32, without a total, a table or a number in Python.
     fused = _median_seconds(lambda: torch._foreach_norm(tensors))
-    taken = recording.seconds(TASKS[task], ["none", "default"], steps)
-    bare, recorded = taken["none"][:-1], taken["default"][:-1]
+    taken = recording.seconds(TASKS[task], ["none", "gradients"], steps)
+    bare, recorded = taken["none"][:-1], taken["gradients"][:-1]
     step = float(np.median(bare))
     added, low, high = median_interval(recorded - bare)
     return (
         f"{TASKS[task].title}: {size / 1e6:.2f} MB in {len(tensors)} tensors; step "
         f"{step * 1e3:.1f} ms; reading at {size / reading / 1e9:.0f} GB/s {reading / step:.2%}, "
-        f"one call of _foreach_norm {fused / step:.2%}, gradflow's default "
+        f"one call of _foreach_norm {fused / step:.2%}, gradflow's norms "
         f"{added / step:.2%} [{low / step:.2%}, {high / step:.2%}] of it: {added / reading:.0f}× "
         f"the reading, {added / fused:.1f}× the call"
     )
