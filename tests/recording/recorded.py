@@ -1,6 +1,10 @@
 """What the tests of recording share: how a record is made and read, and norms by hand."""
 
+import json
 import math
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -56,6 +60,25 @@ def record(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> Reco
         value.backward()
         recorder.step(value)
     return recorder
+
+
+def on_ranks(program: str, world: int, *arguments: Any) -> list[Any]:
+    """What each of the processes that run `program` prints, as JSON.
+
+    Their arguments are rank, world, a free port, and those given.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, (rank, world, port, *arguments))],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=90) for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, said
+    return [json.loads(out) for out, _ in said]
 
 
 def loop(recorder: Recorder, count: int) -> None:

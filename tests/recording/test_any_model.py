@@ -25,15 +25,6 @@ Values = dict[str, float | None]
 Tables = dict[str, dict[str, Values]]
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
-def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    """Of all that is built in the test."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(request.param)
-    yield request.param
-    torch.set_default_dtype(before)
-
-
 # --- by hand --------------------------------------------------------------------------------------
 
 

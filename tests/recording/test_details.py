@@ -2,14 +2,10 @@
 
 import contextlib
 import gc
-import json
 import math
-import socket
-import subprocess
-import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recorded import ALWAYS, TOLERANCE, cells, column, near, record
+from recorded import ALWAYS, TOLERANCE, cells, column, near, on_ranks, record
 from test_any_model import (
     CHECKPOINTED,
     MODELS,
     Built,
+    Tables,
     built,
     cloned,
     floats,
@@ -40,21 +37,10 @@ from gradflow.recording.quantities import DETAILS
 from gradflow.recording.schedules import every
 from gradflow.store import Run
 
-Values = dict[str, float | None]
-Tables = dict[str, dict[str, Values]]
 EXACT = {
     "grad_max", "grad_nonfinite", "grad_zeros", "grad_subnormals", "output_max",
     "output_nonfinite", "output_grad_zeros", "output_grad_subnormals", "dead_units",
 }  # fmt: skip
-
-
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
-def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    """Of all that is built in the test."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(request.param)
-    yield request.param
-    torch.set_default_dtype(before)
 
 
 # --- by hand --------------------------------------------------------------------------------------
@@ -1329,22 +1315,6 @@ os._exit(0)  # gloo's threads may abort a Python that is ending
 """
 
 
-def run_ranks(world: int, way: str, parts: int, save: Path) -> list[list[str]]:
-    """What was said on each."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", LOOP, *map(str, (rank, world, port, parts, way, save))],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=90) for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, said
-    return [json.loads(out) for out, _ in said]
-
-
 OF_BATCH = ["noise_scale", "output_spread", "dead_units", "x_grad_cosine"]
 OF_PARAMETERS = ["update_ratio", "grad_cosine", "grad_rank"]
 
@@ -1354,8 +1324,8 @@ OF_PARAMETERS = ["update_ratio", "grad_cosine", "grad_rank"]
 def test_several_ranks_record_what_one_process_does(tmp_path: Path, way: str, parts: int) -> None:
     """What cannot be put together is said once on each rank, by name, and is not there."""
     absent = OF_BATCH + (OF_PARAMETERS if way == "fsdp" else [])
-    assert run_ranks(1, way, parts, tmp_path / "one") == [[]]
-    for (said,) in run_ranks(2, way, parts, tmp_path / "two"):
+    assert on_ranks(LOOP, 1, way, parts, tmp_path / "one") == [[]]
+    for (said,) in on_ranks(LOOP, 2, way, parts, tmp_path / "two"):
         start, _, names = said.partition(": not recorded with 2 ranks, which have parts of it each")
         assert start == "gradflow"
         assert sorted(names.removeprefix(": ").split(", ")) == sorted(absent)

@@ -1,10 +1,6 @@
 """FSDP2 on two ranks: what is recorded is of whole parameters, as of one process."""
 
-import json
 import math
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recorded import on_ranks
 
 from gradflow.recording.shards import share
 from gradflow.store import Run
@@ -86,18 +83,7 @@ os._exit(0)  # gloo's threads may abort a Python that is ending
 
 
 def run(world: int, save: Path, scale: float, parts: int = 2) -> list[Any]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", LOOP, *map(str, (rank, world, port, parts, save, scale))],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=90) for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, said
-    return [json.loads(out) for out, _ in said]
+    return on_ranks(LOOP, world, parts, save, scale)
 
 
 @pytest.mark.parametrize(

@@ -140,11 +140,7 @@ class Passes:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Forward and backward passes in this block leave no trace.
-
-        For what is no part of the step: an evaluation that needs gradients, a penalty's gradient,
-        a GAN's other pass.
-        """
+        """See `Recorder.paused`."""
         outer, self._paused = self._paused, True
         self._was_paused = True
         try:

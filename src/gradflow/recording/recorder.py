@@ -173,9 +173,7 @@ class Recorder:
             for table, columns in chosen.items()
             if sizes[table]
         }
-        self._weights = Weights(
-            self._layers, self._buffers.get("weights"), self._ranks.world, self._device
-        )
+        self._weights = Weights(self._layers, self._buffers.get("weights"), self._ranks.world)
         self._different = list(dict.fromkeys(self._schedules.values()))
         self._answers: dict[tuple[bool, ...], Wanted] = {}  # for each of these
         self._passes = Passes(self._layers, self._buffers, self._weights)

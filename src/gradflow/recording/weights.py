@@ -63,23 +63,21 @@ class Found:
     Attributes:
         norms: [modules], 0 where none is.
         measured: [modules], whether any is.
-        present: [parameters], which are.
     """
 
     norms: Tensor
     measured: np.ndarray
-    present: list[bool]
 
 
 class Weights:
     """The quantities of the table `weights`."""
 
-    def __init__(self, layers: Layers, buffer: Buffer | None, world: int, device: torch.device):
-        self._layers, self._buffer, self._device = layers, buffer, device
+    def __init__(self, layers: Layers, buffer: Buffer | None, world: int):
+        self._layers, self._buffer, self._device = layers, buffer, layers.device
         own, parameters = layers.own, layers.parameters()
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self._module = [module for module, places in enumerate(own) for _ in places]
-        self._modules = torch.tensor(self._module, dtype=torch.int64, device=device)
+        self._modules = torch.tensor(self._module, dtype=torch.int64, device=self._device)
         self._shares = [share(p, world) for p in parameters] if layers.sharded else None
         self._plans: dict[str, _Plan] = {}
         self._wanted: Collection[str] = ()  # at the step that was recorded last
@@ -164,10 +162,10 @@ class Weights:
         plan = self._plans.get(of)
         if plan is not None and plan.suits(present, there):
             with contextlib.suppress(RuntimeError):
-                return Found(plan.norms(there, others), plan.measured, present)
+                return Found(plan.norms(there, others), plan.measured)
         plan = self._plans[of] = self._plan(present, there)
         stored = there if plan.is_dense else [_stored(t) for t in there]
-        return Found(plan.norms(stored, others), plan.measured, present)
+        return Found(plan.norms(stored, others), plan.measured)
 
     def _local(self, tensors: list[Tensor]) -> list[Tensor]:
         return list(map(local, tensors)) if self._layers.sharded else tensors
@@ -242,8 +240,9 @@ class Weights:
             return
         present = [gradient is not None for gradient in gradients]
         measured = self._measured(present)
-        there = [local(g) for g in gradients if g is not None]
-        stored = [t if t.layout == torch.strided else values_of(t) for t in there]
+        there = self._local([g for g in gradients if g is not None])
+        stored = [_stored(t) for t in there]
+        shares = None if self._shares is None else list(itertools.compress(self._shares, present))
         sizes = [0 if gradient is None else gradient.numel() for gradient in gradients]
         whole = np.array([sum(sizes[place] for place in own) for own in self._layers.own])
         for name in counted:
@@ -251,11 +250,8 @@ class Weights:
             if name == "grad_zeros":  # those that a sparse gradient does not store
                 absent = [t.numel() - s.numel() for t, s in zip(there, stored, strict=True)]
                 counts = [count + more for count, more in zip(counts, absent, strict=True)]
-            if self._shares is not None:
-                shares = [
-                    self._shares[place] ** 2 for place, is_one in enumerate(present) if is_one
-                ]
-                counts = [count * part for count, part in zip(counts, shares, strict=True)]
+            if shares is not None:
+                counts = [count * part**2 for count, part in zip(counts, shares, strict=True)]
             self._fill(name, self._sums(self._spread(present, counts)), measured, whole)
         if "grad_max" in self._wanted:
             peaks = self._spread(present, [elements.largest(t).to(self._dtype) for t in stored])
@@ -346,8 +342,7 @@ class Weights:
         self._passes.setdefault(place, []).append(self._squares(gradient))
 
     def _squares(self, gradient: Tensor) -> Tensor:
-        values = gradient if gradient.layout == torch.strided else values_of(gradient)
-        return values.detach().to(self._dtype).square().sum()
+        return _stored(gradient).detach().to(self._dtype).square().sum()
 
     def end_passes(self) -> None:
         """The step is over."""
