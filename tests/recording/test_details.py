@@ -1324,8 +1324,8 @@ OF_PARAMETERS = ["update_ratio", "grad_cosine", "grad_rank"]
 def test_several_ranks_record_what_one_process_does(tmp_path: Path, way: str, parts: int) -> None:
     """What cannot be put together is said once on each rank, by name, and is not there."""
     absent = OF_BATCH + (OF_PARAMETERS if way == "fsdp" else [])
-    assert on_ranks(LOOP, 1, way, parts, tmp_path / "one") == [[]]
-    for (said,) in on_ranks(LOOP, 2, way, parts, tmp_path / "two"):
+    assert on_ranks(LOOP, 1, parts, way, tmp_path / "one") == [[]]
+    for (said,) in on_ranks(LOOP, 2, parts, way, tmp_path / "two"):
         start, _, names = said.partition(": not recorded with 2 ranks, which have parts of it each")
         assert start == "gradflow"
         assert sorted(names.removeprefix(": ").split(", ")) == sorted(absent)
