@@ -2,14 +2,17 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 PY := .venv/bin/python
 READY := .venv/.ready
+VISION := .venv-vision/bin/python
+VISION_READY := .venv-vision/.ready
 
-.PHONY: help demo test test-slow test-cluster test-findings lint run report clean
+.PHONY: help demo test test-slow test-cluster test-vision test-findings lint run report clean python
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo              train plain and residual networks, record, report (under 10 minutes)"
 	@echo "make test              the tests (under 5 minutes); test-slow: the demo's numbers, checked"
 	@echo "make test-cluster      sweeps on a Slurm cluster of two nodes that it starts here (as root)"
+	@echo "make test-vision       image sets through torchvision, in an environment of their own (.venv-vision)"
 	@echo "make test-findings     every published finding at few seeds, against its recorded verdict (10 minutes)"
 	@echo "make lint              ruff and mypy"
 	@echo "make run ARGS='…'      python -m gradflow …, for instance ARGS='depth=56 skip=false max_steps=0'"
@@ -28,6 +31,9 @@ test-cluster: $(READY)
 	@$(PY) tests/cluster/slurm.py check
 	@$(PY) -m pytest -m cluster tests/cluster
 
+test-vision: $(VISION_READY)
+	@$(VISION) -m pytest -m vision tests/vision
+
 test-findings: $(READY)
 	@$(PY) -m experiments --all --quick --check --runs $${TMPDIR:-/tmp}/gradflow-quick-$$$$
 
@@ -43,16 +49,27 @@ report: $(READY)
 	@$(PY) -m analysis $(ARGS)
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vision build dist .mypy_cache .pytest_cache .ruff_cache
 
-$(READY): pyproject.toml constraints.txt
+python:
 	@command -v git >/dev/null || { echo "make: git is missing: install it first"; exit 1; }
 	@test -n "$(PYTHON)" || { echo "make: python3.11 is missing: install it first"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "make: $(PYTHON) is not Python 3.11 to 3.13: name one with make PYTHON=…"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "make: $(PYTHON) has no venv: install it first (Debian: python3.11-venv)"; exit 1; }
+
+$(READY): pyproject.toml constraints.txt | python
 	@echo "Setting up .venv (about 1.7 GB; one to three minutes) …"
 	@$(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[wandb,slurm,dev]'
+	@touch $@
+
+# torchvision goes with the torch of its own release: an environment beside the other.
+$(VISION_READY): pyproject.toml constraints.txt | python
+	@echo "Setting up .venv-vision (about 6 GB; two to four minutes) …"
+	@$(PYTHON) -m venv .venv-vision
+	@grep -v '^torch==' constraints.txt >.venv-vision/constraints.txt
+	@$(VISION) -m pip install --quiet --disable-pip-version-check \
+		-c .venv-vision/constraints.txt -e '.[vision,dev]' torch==2.14.1 torchvision==0.29.1
 	@touch $@

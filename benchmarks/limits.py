@@ -30,7 +30,7 @@ from torch.nn import functional
 from benchmarks import recording
 from benchmarks.recording import TASKS, machine, median_interval
 from gradflow import Recorder, RunSpec, run
-from gradflow.data import load_data
+from gradflow.data import Split, load_data
 from gradflow.networks import build
 from gradflow.run import set_up_process
 from gradflow.spec import RecordSpec
@@ -115,6 +115,7 @@ def _bare_steps(spec: RunSpec) -> Iterator[float]:
     from gradflow.training.module import make_optimizer
 
     data = load_data(spec.data)
+    assert isinstance(data.train, Split)
     images = data.train.images.to(memory_format=torch.channels_last)
     network = build(spec, in_channels=data.inputs(spec.network.name), num_classes=data.num_classes)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -155,7 +155,7 @@ BAD = [
     ("width=-3", "width=-3: allowed is a whole number from 1"),
     ("skip=foo", "skip=foo: allowed is none, identity"),
     ("network=foo", "network=foo: allowed is cifar, imagenet, mlp"),
-    ("data=foo", "data=foo: allowed is digits, files, gaussian, synthetic"),
+    ("data=foo", "data=foo: allowed is cifar10, cifar100, digits, fashion_mnist, files, gaussian"),
     ("batch_size=5000", "data=digits has 1437 training images"),
     ("data=files data.root=/no/such/place", "data.root=/no/such/place: no such directory"),
     ("runs_dir=/dev/null/runs", "runs_dir=/dev/null/runs: cannot be written"),

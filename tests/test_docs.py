@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from gradflow.recording.quantities import DETAILS
+from gradflow.spec import DATA, PUBLIC
 from gradflow.spec import DETAILS as NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDING = (ROOT / "docs" / "recording.md").read_text()
+DATA_PAGE = (ROOT / "docs" / "data.md").read_text()
 
 
 def section(title: str) -> str:
@@ -46,3 +48,13 @@ def test_the_examples_run(title: str) -> None:
         assert "grad_rank" in said.getvalue()
     else:
         assert re.search(r"Step 1\d\d.* 16 steps .* lr, from step 100 on", said.getvalue(), re.S)
+
+
+def test_every_data_set_is_described_with_its_shape_and_size() -> None:
+    rows = re.findall(r"^\| `(\w+)`.*? \| (.*?) \| (.*?) \|", DATA_PAGE, re.M)
+    assert tuple(name for name, *_ in rows) == DATA
+    described = {name: (shape, sizes) for name, shape, sizes in rows}
+    for name, known in PUBLIC.items():
+        shape, sizes = described[name]
+        assert shape.startswith("×".join(map(str, known.shape)))
+        assert sizes.startswith(f"{known.train:,} / ")

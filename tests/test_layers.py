@@ -34,14 +34,18 @@ FORBIDDEN = {
         ("torch", *LIGHTNING, *HYDRA, "wandb"),
     ),
     **dict.fromkeys(("sweep", "progress", "worker"), ("torch", *LIGHTNING, *HYDRA, "wandb")),
-    **dict.fromkeys(("run", "data", "tracking", "environment"), (*LIGHTNING, *HYDRA)),
+    **dict.fromkeys(
+        ("run", "data", "vision", "folder", "augmentation", "tracking", "environment"),
+        (*LIGHTNING, *HYDRA),
+    ),
     "theory": ("torch", *LIGHTNING, *HYDRA, "wandb", "pandas"),
     "training": (*HYDRA, "wandb"),
     "cli": ("torch", *LIGHTNING, "wandb"),
     "config": ("torch", *LIGHTNING, "wandb"),
 }
 ONLY = {"hydra": {"cli", "config"}, "omegaconf": {"cli", "config"},
-        "pytorch_lightning": {"training"}, "wandb": {"tracking"}}  # fmt: skip
+        "pytorch_lightning": {"training"}, "wandb": {"tracking"},
+        "torchvision": {"vision", "folder"}}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

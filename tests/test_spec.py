@@ -24,6 +24,9 @@ FROZEN = {
     "371a4bf25d": {"depth": 56, "skip": "highway", "seed": 7},
     "72e7c87eb1": {"network": "mlp", **SIGMOID, "depth": 30, "skip": False, "max_steps": 0},
     "0f45a9f1bf": {"network": {"target": "package.module.f", "args": {"depth": 8}}, "depth": 8},
+    "5235314524": {"data": "fashion_mnist"},
+    "95ccd45c65": {"data": {"name": "cifar10", "augment": True, "train": 5000}, "batch_size": 128},
+    "44d10ea696": {"data": {"name": "imagefolder", "root": "imagenet"}, "network": "imagenet"},
     "06548aaee4": {"data": "synthetic", "batch_size": 128, "lr": 0.1, "max_steps": 300,
                    "record": "all"},
 }  # fmt: skip
@@ -70,6 +73,7 @@ def test_name_is_network_depth_skip_seed_id():
         ({"max_steps": 3, "epochs": 7}, {"max_steps": 3}),
         ({"skip": False, "shortcut": "B"}, {"skip": False, "shortcut": "A"}),
         ({"data": "synthetic"}, {"data": {"name": "synthetic", "seed": 0, "size": 8}}),
+        ({"data": "mnist"}, {"data": {"name": "mnist", "size": 28, "augment": False}}),
     ],
 )
 def test_every_spelling_is_one_run(one, other):
@@ -86,6 +90,13 @@ def test_every_key_that_is_used_changes_the_id():
         {"init": "xavier"}, {"init": "gaussian", "sigma_w": 1.5}, {"init": "gaussian"},
         {"init": "gaussian", "sigma_b": 0.1}, {"padding": "circular"}, {"shortcut": "B"},
         {"data": "synthetic"}, {"data": {"name": "synthetic", "seed": 1}}, {"batch_size": 32},
+        {"data": "mnist"}, {"data": "cifar10"}, {"data": {"name": "cifar10", "augment": True}},
+        {"data": {"name": "cifar10", "size": 16}},
+        {"data": {"name": "cifar10", "train": 500}}, {"data": {"name": "cifar10", "test": 500}},
+        {"data": {"name": "imagefolder", "root": "a"}},
+        {"data": {"name": "imagefolder", "root": "a", "augment": False}},
+        {"data": {"name": "imagefolder", "root": "a", "size": 64}},
+        {"data": {"name": "imagefolder", "root": "a", "resize": 230}},
         {"accumulate": 2}, {"optimizer": "adam"}, {"lr": 0.1}, {"momentum": 0.8},
         {"weight_decay": 0}, {"schedule": "cosine"}, {"schedule": "step", "milestones": [10]},
         {"schedule": "cosine", "warmup": 5}, {"clip": 1.0}, {"precision": "bf16"}, {"epochs": 3},
@@ -119,6 +130,27 @@ def test_a_new_key_or_a_new_default_changes_no_old_id():
 def test_every_leaf_has_an_omit_value():
     for name, _, omit in _leaves(RunSpec()):
         assert omit is None or isinstance(omit, str | int | float), name
+
+
+def test_where_a_public_set_lies_and_how_it_is_read_are_no_part_of_the_id():
+    """They are told to other processes, and not written into the record."""
+    here, there = (
+        RunSpec(data={"name": "svhn", **keys})  # type: ignore[arg-type]
+        for keys in ({}, {"root": "/scratch/sets", "download": True})
+    )
+    assert here.run_id == there.run_id
+    assert here.to_dict() == there.to_dict()
+    assert not {"root", "download", "workers"} & set(here.to_dict()["data"])
+    told = RunSpec.from_dict(json.loads(json.dumps(there.to_job())))
+    assert told == there.but(data={"name": "svhn", "root": "/scratch/sets", "download": False})
+    folders = [
+        RunSpec(data={"name": "imagefolder", "root": root, "workers": workers})  # type: ignore[arg-type]
+        for root, workers in (("a", 1), ("a", 2), ("b", 2))
+    ]
+    ids = [spec.run_id for spec in folders]
+    assert ids[0] == ids[1] != ids[2]
+    assert folders[0].data.resize == 256
+    assert RunSpec.from_dict(folders[0].to_dict()).data.root == "a"
 
 
 def test_execution_is_no_part_of_the_id():
@@ -218,7 +250,15 @@ def test_bad_values_name_key_value_and_what_is_allowed():
     bad(r"batch_size=2000: data=digits has 1437 training images", batch_size=2000)
     bad(r"batch_size=800 × accumulate=2: data=digits has 1437", batch_size=800, accumulate=2)
     bad(r"network.name=lenet: allowed is cifar, imagenet, mlp", network="lenet")
-    bad(r"data.name=cifar10: allowed is digits, synthetic, gaussian, files", data="cifar10")
+    bad(
+        r"data.name=coco: allowed is digits, synthetic, gaussian, files, fashion_mnist", data="coco"
+    )
+    bad(r"data=imagefolder: name the directory of train/ and val/", data="imagefolder")
+    crop = {"name": "imagefolder", "root": "a", "size": 224, "resize": 200}
+    bad(r"data.size=13: allowed is a divisor of 28", data={"name": "mnist", "size": 13})
+    bad(r"data.resize=200: allowed is a whole number from 224", data=crop)
+    bad(r"data.download=true: data=digits does not use", data={"name": "digits", "download": True})
+    bad(r"batch_size=60001: data=mnist has 60000", data="mnist", batch_size=60_001)
     bad(r"network.target=os: allowed is an import path", network={"target": "os"})
     bad(r"network.args", network={"args": {"a": 1}})
     bad(r"network=custom: name the callable", network="custom")

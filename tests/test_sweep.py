@@ -129,7 +129,7 @@ def test_a_worker_takes_one_run_after_another_in_one_thread(cheap, tmp_path):
     [({}, 5), ({"threads": 2}, 2), ({"threads": 9}, 1), ({"jobs": 3}, 3), ({"jobs": 50}, 7)],
 )
 def test_as_many_workers_as_cores_have_room_for(monkeypatch, tmp_path, settings, workers):
-    monkeypatch.setattr(module, "_cores", lambda: 5)
+    monkeypatch.setattr(module, "cores", lambda: 5)
     monkeypatch.setattr(module, "_gpus", lambda: 0)
     assert devices_of(monkeypatch, tmp_path, settings) == ["auto"] * workers
 
@@ -158,7 +158,7 @@ def devices_of(monkeypatch, tmp_path, settings):
 )
 def test_a_worker_a_gpu_or_several(monkeypatch, tmp_path, settings, devices):
     monkeypatch.setattr(module, "_gpus", lambda: 3)
-    monkeypatch.setattr(module, "_cores", lambda: 5)
+    monkeypatch.setattr(module, "cores", lambda: 5)
     assert devices_of(monkeypatch, tmp_path, settings) == devices
 
 

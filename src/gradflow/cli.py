@@ -149,8 +149,9 @@ def _execute(configured: list[tuple[RunSpec, Execution]], *, sweeping: bool) -> 
 
 
 def _check_surroundings(specs: list[RunSpec], execution: Execution) -> None:
-    """What can be found missing without loading torch."""
+    """What can be found missing without loading torch; and what is to be fetched, first."""
     from gradflow import ranks
+    from gradflow.sweep import fetch
     from gradflow.tracking import check_logger
 
     for spec in specs:
@@ -163,6 +164,7 @@ def _check_surroundings(specs: list[RunSpec], execution: Execution) -> None:
     from gradflow.store import prepare
 
     prepare(execution.runs_dir)
+    fetch(specs)
 
 
 def _check_target(spec: RunSpec) -> None:

@@ -1,7 +1,8 @@
-"""What feeds a run: small data sets in memory on the training device, and their batches.
+"""What feeds a run: data sets in memory on the training device, or streamed, and their batches.
 
-Batches are cut from tensors on the device, without worker processes. Their order depends on
-(seed, epoch) alone, so that both arms of a matched pair see the same batches.
+Batches are cut from tensors on the device, without worker processes (but for data=imagefolder, see
+`folder`). Their order depends on (seed, epoch) alone, and how their images are cropped and flipped
+on (seed, update, place), so that both arms of a matched pair see the same batches.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from gradflow.augmentation import crop_and_flip, draw
 from gradflow.errors import GradflowError
 from gradflow.ranks import Ranks
 from gradflow.seeding import derived_seed
-from gradflow.spec import DataSpec
+from gradflow.spec import PUBLIC, DataSpec
 
 Batch = tuple[Tensor, Tensor, np.ndarray]
 """Images [n, channels, height, width], labels [n], and the batch's indices in the split: n, or
@@ -29,39 +33,135 @@ of several ranks the whole batch's."""
 _TEMPLATE, _NOISE = 3, 0.5
 
 
+class Pick(NamedTuple):
+    """A training batch that is still to be read.
+
+    Attributes:
+        indices: of the whole batch in the split.
+        share: which of them are this rank's.
+        seed: what the batch's crops and flips are drawn from.
+    """
+
+    indices: Tensor
+    share: slice
+    seed: int
+
+
+class Source(Protocol):
+    """A split that batches are read from: `Split` in memory, `folder.FolderSplit` from files."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Source:
+        """The same split with images that come on a device, in a number format."""
+
+    def stream(self, picks: Iterable[Pick]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of a rank's share of each batch, to train on."""
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images and labels in their order, neither cropped nor flipped at random."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and deviation of each channel [channels, 1, 1], of pixels from 0 to 1."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor) -> Scale:
+        """Those of all pixels of images in bytes; exact, from counts of the 256 values."""
+        values = torch.arange(256, dtype=torch.float64) / 255
+        channels = images.transpose(0, 1).flatten(1)
+        counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
+        shares = counts.double() / channels.shape[1]
+        mean = (shares * values).sum(dim=1)
+        deviation = (shares * (values - mean[:, None]).square()).sum(dim=1).sqrt()
+        deviation[deviation == 0] = 1.0
+        return cls(mean[:, None, None], deviation[:, None, None])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Scale:
+        return Scale(self.mean.to(device, dtype), self.deviation.to(device, dtype))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Numbers of mean 0 and deviation 1, of bytes."""
+        return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.deviation)
+
+
 @dataclass(frozen=True)
 class Split:
-    """Images [n, channels, height, width] (float) and labels [n] (int64)."""
+    """Images [n, channels, height, width] and labels [n] (int64) in memory.
+
+    Images are floats as a network takes them; or bytes, four times as many in the same memory,
+    which become such floats batch by batch by `scale`.
+
+    Args:
+        augment: crop and flip bytes that are trained on.
+    """
 
     images: Tensor
     labels: Tensor
+    scale: Scale | None = None
+    augment: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Images in channels-last layout, which the convolutions of CPUs and GPUs prefer."""
-        images = self.images.to(device, dtype, memory_format=torch.channels_last)
-        return Split(images, self.labels.to(device))
+        stored = dtype if self.scale is None else torch.uint8
+        scale = None if self.scale is None else self.scale.to(device, dtype)
+        images = self.images.to(device, stored, memory_format=torch.channels_last)
+        return replace(self, images=images, labels=self.labels.to(device), scale=scale)
+
+    def stream(self, picks: Iterable[Pick]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of a rank's share of each batch, to train on."""
+        for pick in picks:
+            there = pick.indices[pick.share].to(self.labels.device)
+            images = self.images[there]
+            if self.augment:
+                images = crop_and_flip(images, draw(len(pick.indices), pick.seed)[pick.share])
+            yield self._scaled(images), self.labels[there]
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images and labels in their order, neither cropped nor flipped."""
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield self._scaled(self.images[part]), self.labels[part]
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        return images if self.scale is None else self.scale(images)
 
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test split, standardised by the training split's mean and deviation.
+    """A training and a test split, standardised by the training split's mean and deviation (of
+    data=imagefolder, by ImageNet's).
 
-    `digest` is a SHA-256 over both as they were loaded, the same on any device and in any format.
+    `digest` is a SHA-256 over both as they were loaded, the same on any device and in any format;
+    of data=imagefolder, over names and sizes of files.
     """
 
-    train: Split
-    test: Split
+    train: Source
+    test: Source
     num_classes: int
     digest: str
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+        return self.train.shape
 
     def inputs(self, network: str) -> int:
         """What a network of that name counts as its inputs: an mlp values, others channels."""
@@ -78,6 +178,12 @@ def load_data(spec: DataSpec) -> Data:
     Raises:
         GradflowError: files that are missing or do not hold images and labels.
     """
+    if spec.name == "imagefolder":
+        from gradflow.folder import load_folder
+
+        return load_folder(spec)
+    if spec.name in PUBLIC:
+        return _public(spec)
     make = {
         "digits": _digits,
         "synthetic": _synthetic,
@@ -103,6 +209,45 @@ def _digest(*splits: Split) -> str:
         state.update(split.images.numpy().tobytes())
         state.update(split.labels.numpy().tobytes())
     return state.hexdigest()[:16]
+
+
+def _public(spec: DataSpec) -> Data:
+    from gradflow import vision
+
+    spec.check_files()
+    train, test, classes = vision.read(spec)
+
+    def part(found: vision.Bytes, count: int | None, key: str) -> vision.Bytes:
+        where = chosen(len(found[1]), count, key)
+        return _averaged(found[0][where].contiguous(), spec.size), found[1][where]
+
+    train, test = part(train, spec.train, "train"), part(test, spec.test, "test")
+    scale = Scale.of(train[0])
+    splits = Split(*train, scale, augment=bool(spec.augment)), Split(*test, scale)
+    return Data(*splits, classes, _digest(*splits))
+
+
+def _averaged(images: Tensor, size: int | None) -> Tensor:
+    """Bytes of that height and width, each the rounded mean of a square of pixels."""
+    if size is None:
+        return images
+    parts = []
+    for part in images.split(1000):  # as floats, all would take four times their memory
+        parts.append(functional.avg_pool2d(part.float(), images.shape[2] // size).round().byte())
+    return torch.cat(parts)
+
+
+def chosen(size: int, count: int | None, key: str) -> Tensor:
+    """Which images are taken where `data.train` or `data.test` asks for `count` of `size`.
+
+    Drawn once and for all, and a larger choice has all images of a smaller one.
+    """
+    if count is None:
+        return torch.arange(size)
+    if count > size:
+        raise GradflowError(f"data.{key}={count}: there are {size} images")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(derived_seed(key)))
+    return order[:count].sort().values
 
 
 _Arrays = tuple[np.ndarray, np.ndarray]
@@ -229,7 +374,7 @@ class Batches:
 
     def __init__(
         self,
-        split: Split,
+        split: Source,
         *,
         batch_size: int,
         accumulate: int = 1,
@@ -237,7 +382,7 @@ class Batches:
         start: int = 0,
         ranks: Ranks | None = None,
     ):
-        self._share = (ranks or Ranks()).share(batch_size)
+        self._share, self._accumulate = (ranks or Ranks()).share(batch_size), accumulate
         self.split, self.batch_size, self.seed, self.start = split, batch_size, seed, start
         self.per_epoch = len(split) // (batch_size * accumulate) * accumulate
         if not self.per_epoch:
@@ -248,15 +393,22 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         first, skipped = divmod(self.start, self.per_epoch)
-        yield from self.epoch(first, skipped)
-        for number in itertools.count(first + 1):
-            yield from self.epoch(number)
+        later = (pick for number in itertools.count(first + 1) for pick in self._picks(number))
+        yield from self._read(itertools.chain(self._picks(first, skipped), later))
 
     def epoch(self, number: int, skipped: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, without its first `skipped`."""
+        yield from self._read(self._picks(number, skipped))
+
+    def _picks(self, number: int, skipped: int = 0) -> Iterator[Pick]:
         generator = torch.Generator().manual_seed(derived_seed("batches", self.seed, number))
         order = torch.randperm(len(self.split), generator=generator)
         for place in range(skipped, self.per_epoch):
-            chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-            there = chosen[self._share].to(self.split.labels.device)
-            yield self.split.images[there], self.split.labels[there], chosen.numpy()
+            indices = order[place * self.batch_size : (place + 1) * self.batch_size]
+            update = divmod(number * self.per_epoch + place, self._accumulate)
+            yield Pick(indices, self._share, derived_seed("augment", self.seed, *update))
+
+    def _read(self, picks: Iterator[Pick]) -> Iterator[Batch]:
+        asked, given = itertools.tee(picks)  # a split that streams reads ahead
+        for pick, (images, labels) in zip(asked, self.split.stream(given), strict=False):
+            yield images, labels, pick.indices.numpy()

@@ -35,6 +35,13 @@ def environment(device: str, threads: int, devices: int = 1, nodes: int = 1) -> 
     }
 
 
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def slurm_job() -> dict[str, str]:
     """The Slurm job that this process belongs to, its node and its log; empty outside of one."""
     of, place = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")

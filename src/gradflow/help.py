@@ -95,7 +95,8 @@ def _default(label: str, item: Any) -> str:
         return _LATE[label]
     for part, every in {"data.": DATA_KEYS, "probe.": PROBE_KEYS}.items():
         if label.startswith(part):
-            return next((str(keys[name]) for keys in every.values() if keys.get(name)), "")
+            usual = (keys.get(name) for keys in every.values())
+            return next((str(value) for value in usual if value and value is not True), "")
     if name in NETWORK_KEYS["cifar"] or name in NETWORK_KEYS["mlp"]:
         values = {
             network: keys[name]

@@ -148,7 +148,7 @@ class Group:
         self._signals = contextlib.ExitStack()
         self._local: _Processes | None = None
         self._nodes: dict[int, socket.socket] = {}
-        self._job = {"spec": spec.to_dict(), "device": device, "threads": threads}
+        self._job = {"spec": spec.to_job(), "device": device, "threads": threads}
         self._job |= {"world": world, "devices": execution.devices}
 
     def __enter__(self) -> Self:

@@ -30,7 +30,7 @@ from gradflow.recording import Recorder
 from gradflow.recording.probes import propagate
 from gradflow.recording.quantities import ALL, DEFAULT
 from gradflow.recording.schedules import FIRST_STEPS, Schedule, every
-from gradflow.spec import Execution, RunSpec
+from gradflow.spec import OWN, Execution, RunSpec
 from gradflow.store import CHECKPOINT, Run, RunWriter, damaged, encode, find, prepare
 from gradflow.tracking import Tracker, make_tracker
 
@@ -76,7 +76,7 @@ def run(spec: RunSpec, *, emit: Emit | None = None, **settings: Any) -> Run:
 def _finished(store: Path, spec: RunSpec) -> Run | None:
     """The run, if the store has its result; of a user's files only if they are what they were."""
     found = find(store, spec)
-    if found is not None and spec.data.name == "files":
+    if found is not None and spec.data.name in OWN:
         return found if _is_on(found, load_data(spec.data)) else None
     return found
 
@@ -351,7 +351,8 @@ def _try_out(network: nn.Module, spec: RunSpec, data: Data) -> None:
     Raises:
         GradflowError: it cannot take them, returns no logits, or has nothing to train.
     """
-    label, images = f"network.target={spec.network.target}", data.train.images[:2]
+    label = f"network.target={spec.network.target}"
+    images, _ = next(iter(data.train.batches(2)))
     network.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng():

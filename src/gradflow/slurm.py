@@ -551,7 +551,7 @@ def submit(packs: list[list[RunSpec]], execution: Execution, folder: Path) -> li
     try:
         executor.update_parameters(**parameters(execution, len(packs)))
         with _outside_of_jobs(), executor.batch():
-            jobs = [executor.submit(work, [s.to_dict() for s in p], settings) for p in packs]
+            jobs = [executor.submit(work, [s.to_job() for s in p], settings) for p in packs]
     except FailedJobError as error:
         for path in folder.glob("????????????????????????????????.pkl"):
             path.unlink(missing_ok=True)

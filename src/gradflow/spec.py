@@ -9,13 +9,14 @@ computed and is not. Both are canonical after construction: whatever has several
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradflow.errors import SpecError
 
@@ -80,13 +81,38 @@ NETWORK_KEYS: dict[str, dict[str, Any]] = {
     "custom": {"depth": None, "width": None, "skip": None},
 }
 NETWORKS = tuple(NETWORK_KEYS)
+
+
+class PublicSet(NamedTuple):
+    """A file of a set, below data.root; its images to train on; their channels, height, width."""
+
+    file: str
+    train: int
+    shape: tuple[int, int, int]
+
+
+PUBLIC = {
+    "fashion_mnist": PublicSet("FashionMNIST/raw/train-images-idx3-ubyte", 60_000, (1, 28, 28)),
+    "mnist": PublicSet("MNIST/raw/train-images-idx3-ubyte", 60_000, (1, 28, 28)),
+    "cifar10": PublicSet("cifar-10-batches-py/data_batch_1", 50_000, (3, 32, 32)),
+    "cifar100": PublicSet("cifar-100-python/train", 50_000, (3, 32, 32)),
+    "svhn": PublicSet("train_32x32.mat", 73_257, (3, 32, 32)),
+}
+"""Sets that are the same wherever they lie."""
+_PUBLIC_KEYS = {"root": "data", "download": False, "train": None, "test": None, "size": None,
+                "augment": False}  # fmt: skip
 DATA_KEYS: dict[str, dict[str, Any]] = {
     "digits": {},
     "synthetic": {"seed": 0, "size": 8, "train": 4000, "test": 1000},
     "gaussian": {"seed": 0, "channels": 3, "size": 8, "train": 1024, "test": 256},
     "files": {"root": None},
-}
+    **dict.fromkeys(PUBLIC, _PUBLIC_KEYS),
+    "imagefolder": {"root": None, "train": None, "test": None, "augment": True, "size": 224,
+                    "resize": None, "workers": 2},
+}  # fmt: skip
 DATA = tuple(DATA_KEYS)
+OWN = ("files", "imagefolder")
+"""Files of the user's, which may change: a finished run is reused only where they have not."""
 PROBE_KEYS: dict[str, dict[str, Any]] = {
     "propagation": {},
     "cosine": {"cosine": 0.0},
@@ -106,6 +132,7 @@ OF_TRAINED = ("displacement", "lesion")
 OF_ONE_INPUT = ("jacobian", "length_ratio")
 """Probes of a single input, which has no batch statistics."""
 DIGITS_TRAIN = 1437
+INSTALL_VISION = 'pip install "gradflow-harness[vision]"'
 EPOCHS = 12
 
 SKIP_KEYS = ("skip", "skip_forward", "skip_backward", "branch_scale", "branch_layers", "drop_rate",
@@ -322,34 +349,103 @@ class DataSpec:
     name: str = key("digits", _choice(DATA), "what to train on")
     seed: int | None = key(None, _integer(0), "what generated images are drawn from")
     channels: int | None = key(None, _integer(1), "gaussian: channels of an image")
-    size: int | None = key(None, _integer(1), "generated: height and width of an image")
-    train: int | None = key(None, _integer(1), "generated: images to train on")
-    test: int | None = key(None, _integer(1), "generated: images to test on")
-    root: str | None = key(None, _text, "files: the directory of train.npz and test.npz")
+    size: int | None = key(
+        None,
+        _integer(1),
+        "height and width of an image: generated; imagefolder: of a crop (224); public sets: "
+        "averaged to a divisor of theirs",
+    )
+    train: int | None = key(
+        None,
+        _integer(1),
+        "images to train on: generated, or a fixed choice of those that there are",
+    )
+    test: int | None = key(None, _integer(1), "images to test on, the same")
+    root: str | None = key(
+        None,
+        _text,
+        "where a public set lies; files: the directory of train.npz and test.npz; imagefolder: of "
+        "train/CLASS/* and val/CLASS/*",
+    )
+    augment: bool | None = key(
+        None, _flag, "train on random crops, flipped at random; by default imagefolder alone"
+    )
+    resize: int | None = key(
+        None, _integer(1), "imagefolder: shorter side before the crop to test on [size × 256/224]"
+    )
+    workers: int | None = key(
+        None, _integer(0), "imagefolder: processes that decode; no part of a run's identity"
+    )
+    download: bool | None = key(
+        None, _flag, "public sets: fetch what is missing; no part of a run's identity"
+    )
 
     def __post_init__(self) -> None:
         _check_all(self, "data.")
-        keys = ("seed", "channels", "size", "train", "test", "root")
+        keys = tuple(item.name for item in fields(self) if item.name != "name")
         _fill(self, DATA_KEYS[self.name], keys, "data.", f"data={self.name}")
         if self.name == "files" and self.root is None:
             raise SpecError("data=files: name the directory of train.npz and test.npz, data.root=…")
         if self.name == "synthetic" and (self.size or 0) < 8:
             raise SpecError(f"data.size={self.size}: allowed is a whole number from 8")
+        if self.name == "imagefolder":
+            self._check_folder()
+        if self.name in PUBLIC and self.size is not None:
+            self._check_averaged()
+
+    def _check_folder(self) -> None:
+        if self.root is None:
+            raise SpecError("data=imagefolder: name the directory of train/ and val/, data.root=…")
+        size = self.size or 0
+        if self.resize is None:
+            object.__setattr__(self, "resize", size * 256 // 224)
+        elif self.resize < size:
+            raise SpecError(f"data.resize={self.resize}: allowed is a whole number from {size}")
+
+    def _check_averaged(self) -> None:
+        side = PUBLIC[self.name].shape[1]
+        assert self.size is not None
+        if side % self.size:
+            raise SpecError(f"data.size={self.size}: allowed is a divisor of {side}")
+        if self.size == side:
+            object.__setattr__(self, "size", None)
+
+    @property
+    def incidental(self) -> tuple[str, ...]:
+        """Keys that decide no result: where a public set lies, how it gets there and is read."""
+        return ("download", "workers", "root") if self.name in PUBLIC else ("download", "workers")
 
     @property
     def train_size(self) -> int | None:
         """Images in the training split, where that is known without reading them."""
-        return DIGITS_TRAIN if self.name == "digits" else self.train
+        if self.name == "digits":
+            return DIGITS_TRAIN
+        return self.train or (PUBLIC[self.name].train if self.name in PUBLIC else None)
 
     def check_files(self) -> None:
-        """Raise SpecError, without reading them, where the files of data=files are missing."""
+        """Raise SpecError, without reading them, where files, or what reads them, are missing."""
         if self.root is None:
             return
+        if self.name != "files" and importlib.util.find_spec("torchvision") is None:
+            raise SpecError(f"data={self.name}: torchvision is missing: {INSTALL_VISION}")
+        if self.download:
+            return
+        helps = f"; to fetch it: {self.remedy}" if self.name in PUBLIC else ""
         if not Path(self.root).is_dir():
-            raise SpecError(f"data.root={self.root}: no such directory")
-        for name in ("train.npz", "test.npz"):
-            if not (Path(self.root) / name).is_file():
-                raise SpecError(f"data.root={self.root}: has no {name}")
+            raise SpecError(f"data.root={self.root}: no such directory{helps}")
+        for name in self._files():
+            if not (Path(self.root) / name).exists():
+                raise SpecError(f"data.root={self.root}: has no {name}{helps}")
+
+    def _files(self) -> tuple[str, ...]:
+        if self.name in PUBLIC:
+            return (PUBLIC[self.name].file,)
+        return ("train.npz", "test.npz") if self.name == "files" else ("train", "val")
+
+    @property
+    def remedy(self) -> str:
+        """What helps where files of a public set are missing or damaged."""
+        return f"python -m gradflow data={self.name} data.root={self.root} data.download=true"
 
 
 @dataclass(frozen=True)
@@ -490,7 +586,7 @@ class RunSpec:
         "cifar: where shapes change, subsample and pad, or projection",
     )
 
-    data: DataSpec = key(DataSpec, None, "digits, synthetic, gaussian, files")
+    data: DataSpec = key(DataSpec, None, "what to train on")
     batch_size: int = key(64, _integer(1), "images a batch", omit=64)
     accumulate: int = key(1, _integer(1), "batches an update", omit=1)
 
@@ -646,6 +742,8 @@ class RunSpec:
     def run_id(self) -> str:
         """Ten hexadecimal digits: a hash of the recipe and of all keys not at their omit value."""
         named = {label: value for label, value, omit in _leaves(self) if value != omit}
+        for name in self.data.incidental:
+            named.pop(f"data.{name}", None)
         text = json.dumps({"recipe": RECIPE, **named}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -664,12 +762,25 @@ class RunSpec:
             raise SpecError("precision=fp16: the CPU trains in fp32, bf16 or fp64")
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys with defaults written out, parts as nested mappings: the text of spec.json."""
-        return asdict(self)
+        """All keys that decide the results, with defaults written out, parts as nested mappings:
+        the text of spec.json."""
+        values = self.to_job()
+        for name in self.data.incidental:
+            del values["data"][name]
+        return values
+
+    def to_job(self) -> dict[str, Any]:
+        """All keys, those too that decide no result: what another process is told to compute.
+
+        But not to fetch anything: whoever tells it has done so.
+        """
+        values = asdict(self)
+        values["data"]["download"] = None
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
-        """The spec that `to_dict`, or a configuration with the same keys, describes."""
+        """The spec that `to_dict`, `to_job`, or a configuration with the same keys, describes."""
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise SpecError(f"{min(unknown)}: no such key")

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gradflow.claim import LEASE, alive, lock
+from gradflow.environment import cores
 from gradflow.errors import StoreError
 from gradflow.progress import guarded
-from gradflow.spec import Execution, RunSpec
+from gradflow.spec import OWN, Execution, RunSpec
 from gradflow.store import (
     FINISHED,
     LASTING,
@@ -123,6 +124,7 @@ def sweep(specs: Iterable[RunSpec], *, display: Say | None = None, **settings: A
     say = guarded(display)
     specs = list(specs)
     todo = plan(store, specs, retry_failed=execution.retry_failed)
+    fetch(todo.missing)
     if execution.launcher == "slurm":
         from gradflow.slurm import Slurm
 
@@ -147,7 +149,7 @@ def plan(store: Path, specs: Iterable[RunSpec], *, retry_failed: bool = False) -
     missing, failed = [], {}
     for run_id, spec in unique.items():
         # A worker reads a user's files, and finds out whether they are what they were.
-        if spec.name not in there or spec.data.name == "files":
+        if spec.name not in there or spec.data.name in OWN:
             missing.append(spec)
         elif find(store, spec) is None:
             error = None if retry_failed else _lasting_failure(store / spec.name)
@@ -156,6 +158,14 @@ def plan(store: Path, specs: Iterable[RunSpec], *, retry_failed: bool = False) -
             else:
                 failed[run_id] = error
     return Plan(unique, sorted(missing, key=cost, reverse=True), failed)
+
+
+def fetch(specs: list[RunSpec]) -> None:
+    """Download what the user's word is given for: once, before several look for it."""
+    for data in dict.fromkeys(spec.data for spec in specs if spec.data.download):
+        from gradflow import vision  # loads torch
+
+        vision.download(data)
 
 
 def _lasting_failure(path: Path) -> str | None:
@@ -223,13 +233,6 @@ def cost(spec: RunSpec) -> float:
     return float(images * places * (spec.depth or 20) * (spec.width or 64) ** 2)
 
 
-def _cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _gpus() -> int:
     """CUDA devices this process may use, without loading torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -242,7 +245,7 @@ def _places(execution: Execution, threads: int) -> list[str]:
     """The device of each worker: as many as there is room for, or as were asked for."""
     device, gpus = execution.device, _gpus()
     if device == "cpu" or (device == "auto" and not gpus):
-        room = [device] * max(1, _cores() // (threads * execution.devices))
+        room = [device] * max(1, cores() // (threads * execution.devices))
     elif device in ("auto", "cuda") and gpus > 1 and execution.devices == 1:
         room = [f"cuda:{i}" for i in range(gpus)] * execution.jobs_per_device
     else:
@@ -333,7 +336,7 @@ class _Worker:
         self.job, self.begun, self.claimed = job, time.monotonic(), False
         self.last_lines.clear()
         settings = {**settings, "device": self.device}
-        line = json.dumps({"spec": job.to_dict(), "settings": settings}) + "\n"
+        line = json.dumps({"spec": job.to_job(), "settings": settings}) + "\n"
         with contextlib.suppress(BrokenPipeError):  # it has died, which is noticed in its turn
             self.stdin.write(line.encode())
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed import distributed_c10d
 
 from gradflow.errors import GradflowError
 from gradflow.ranks import Group, Ranks
@@ -74,7 +74,9 @@ def _joined(ranks: Ranks, store: dist.Store) -> Iterator[None]:
         dist.init_process_group(
             backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=_JOINING
         )
-    _set_pg_timeout(_WORKING, None)
+    # Public from torch 2.14 on, where the older name warns.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    set_timeout(_WORKING, None)
     try:
         yield
     finally:

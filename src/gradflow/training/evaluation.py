@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gradflow.data import Split
+from gradflow.data import Source
 
 _BATCH = 256
 
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, split: Split, context: contextlib.AbstractContextManager[object]
+    network: nn.Module, split: Source, context: contextlib.AbstractContextManager[object]
 ) -> dict[str, float]:
     """Mean cross-entropy `loss` and `accuracy` over all of `split`, within a precision `context`.
 
@@ -25,9 +25,8 @@ def evaluate(
     network.eval()
     loss, right = 0.0, 0
     with context:
-        for start in range(0, len(split), _BATCH):
-            labels = split.labels[start : start + _BATCH]
-            logits = network(split.images[start : start + _BATCH])
+        for images, labels in split.batches(_BATCH):
+            logits = network(images)
             loss += functional.cross_entropy(logits, labels, reduction="sum").item()
             right += int((logits.argmax(dim=1) == labels).sum())
     network.train(training)
