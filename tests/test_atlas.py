@@ -166,7 +166,8 @@ def section(text, name):
 
 def test_the_page_needs_nothing_but_itself(whole):
     place, text, page = whole
-    assert "<script" not in text
+    assert "<script src" not in text
+    assert "default-src 'none'" in text
     assert "https://" not in text
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.resources)
     for link in page.links:

@@ -25,6 +25,8 @@ FORBIDDEN = {
             "report",
             "atlas",
             "page",
+            "verdicts",
+            "views",
             "findings",
             "measures",
             "errors",

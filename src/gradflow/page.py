@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -21,55 +23,17 @@ if TYPE_CHECKING:
 
 INDEX = "index.html"
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="gradflow">
-<title>gradflow report: $title</title>
-<style>
-:root { color-scheme: light; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: #fff; color: #1a1a1a;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid #ddd; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; overflow-wrap: anywhere; }
-p, li { max-width: 50rem; }
-nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
-a { color: #00517f; }
-figure { margin: 1rem 0 1.5rem; }
-figcaption { max-width: 50rem; font-size: .9rem; color: #444; }
-.wide { overflow-x: auto; }
-.wide img { display: block; width: 100%; min-width: 34rem; max-width: 52rem; height: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; }
-thead th { border-bottom: 1px solid #888; white-space: nowrap; }
-tbody tr { border-bottom: 1px solid #eee; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-td:first-child { white-space: nowrap; }
-code, pre { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
-pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; }
-.note { color: #555; font-size: .9rem; }
-.verdict { border-left: .3rem solid; padding-left: .4rem; font-weight: 600; white-space: nowrap; }
-.reproduced { color: #00517f; }
-.contradicted { color: #b3400a; }
-.inconclusive { color: #8a1f6a; }
-.not-run { color: #555; }
-</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p class="note">$subtitle</p>
-<nav aria-label="Sections"><ul>$links</ul></nav>
-</header>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
+ASSETS = Path(__file__).with_name("page_assets")
+"""What pages are made of, each file as it is: nothing is built, minified or fetched. uPlot
+(uPlot.LICENSE) draws lines and axes: 51 kB, where ECharts and Vega take a megabyte and Plotly more
+than four, and ten thousand points in a few milliseconds; it is kept up, and needs nothing else."""
+_THEME = ("theme.js",)
+_EXPLORER = ("uPlot.iife.min.js", "data.js", "charts.js", "explore.js")
+_LIVE = ("live.js",)
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
 
 
 class Html(str):
@@ -85,6 +49,27 @@ def link(target: str, words: str) -> Html:
     return Html(f'<a href="{escape(target)}">{escape(words)}</a>')
 
 
+@dataclass(frozen=True)
+class Card:
+    """A question of the overview, and its answer.
+
+    `kind` is hurts, helps or neither; `pair` the ids of two runs to look at.
+    """
+
+    asked: str
+    word: str
+    because: str
+    kind: str = "neither"
+    pair: tuple[str, str] | None = None
+
+
+def _pair_button(card: Card) -> str:
+    if card.pair is None:
+        return ""
+    a, b = map(escape, card.pair)
+    return f'<button type="button" data-show-a="{a}" data-show-b="{b}">Look at this pair</button>'
+
+
 class Page:
     """Collects a page's sections, and writes its figures and tables beside it.
 
@@ -96,17 +81,30 @@ class Page:
         self.directory = directory
         self.links: list[str] = []
         self.parts: list[str] = []
+        self._above = 0  # parts before the explorer
+        self._data: list[str] = []
         for name in ("figures", "tables"):
             (directory / name).mkdir(exist_ok=True)
 
-    def section(self, anchor: str, heading: str) -> None:
-        self.links.append(f"<li>{link(f'#{anchor}', heading)}</li>")
+    def section(self, anchor: str, heading: str, short: str = "") -> None:
+        """A section; `short` is what the list of sections calls it."""
+        self.links.append(f"<li>{link(f'#{anchor}', short or heading)}</li>")
         self.parts.append(f'<h2 id="{anchor}">{escape(heading)}</h2>')
 
     def heading(self, text: object, anchor: str = "") -> None:
         if text:
             mark = f' id="{anchor}"' if anchor else ""
             self.parts.append(f"<h3{mark}>{html(text)}</h3>")
+
+    def cards(self, cards: Sequence[Card]) -> None:
+        """Questions, each with its answer in a word or two and what that rests on."""
+        items = "".join(
+            f'<li class="card {card.kind}"><p class="asked">{html(card.asked)}</p>'
+            f'<p class="word">{html(card.word)}</p><p class="because">{html(card.because)}</p>'
+            f"{_pair_button(card)}</li>"
+            for card in cards
+        )
+        self.parts += [f'<ul class="cards">{items}</ul>'] if items else []
 
     def text(self, text: object, *, note: bool = False) -> None:
         mark = ' class="note"' if note else ""
@@ -155,10 +153,36 @@ class Page:
             f"<figcaption>{escape(caption)} ({links})</figcaption></figure>"
         )
 
+    def explorer(self, heading: str, index: Mapping[str, Any], views: Mapping[str, bytes]) -> None:
+        """The interactive views, between what comes before and after.
+
+        Args:
+            index: what `page_assets/explore.js` reads of runs, groups, arms and colours.
+            views: of each run, by its id, what `gradflow.views.pack` made.
+        """
+        self.links.append(f"<li>{link('#explore', heading)}</li>")
+        self._above = len(self.parts)
+        # In a script no text ends but at "</script": nothing may look like it.
+        text = json.dumps(index, allow_nan=False).replace("<", "\\u003c")
+        self._data = [f'<script type="application/json" id="gradflow-index">{text}</script>']
+        self._data += [
+            f'<script type="application/octet-stream" data-run="{escape(run_id)}">'
+            f"{base64.b64encode(view).decode()}</script>"
+            for run_id, view in views.items()
+        ]
+
     def write(self, title: str, subtitle: object, name: str = INDEX) -> None:
-        page = _PAGE.substitute(
+        explorer = bool(self._data)
+        styles = ["page.css", *["uPlot.min.css"] * explorer]
+        scripts = [*_THEME, *(_EXPLORER if explorer else ()), *(_LIVE if name == INDEX else ())]
+        code = [f"<script>\n{_asset(script)}</script>" for script in scripts]
+        page = Template(_asset("page.html")).substitute(
             title=escape(title), subtitle=html(subtitle), links="".join(self.links),
-            body="\n".join(self.parts),
+            styles="\n".join(map(_asset, styles)), above="\n".join(self.parts[: self._above]),
+            explorer=_asset("explorer.html") if explorer else "",
+            below="\n".join(self.parts[self._above :]),
+            data=f'<div id="data" hidden>{"".join(self._data)}</div>',
+            scripts="\n".join([*code, *["<script>gradflow.start();</script>"] * explorer]),
         )  # fmt: skip
         (self.directory / name).write_text(page, encoding="utf-8")
 

@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, to_rgb
+from matplotlib.colors import ListedColormap, LogNorm, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -81,13 +81,14 @@ _OTHER_STYLES: list[tuple[str, Any, str]] = [
 ]
 _DASHES = (0, (4, 2))
 _ZERO, _NON_FINITE, _MISSING = "white", "#CC3311", "0.8"
-_LABELS = {
+LABELS = {
     "weight_grad_norm": "L2 norm of the weight gradient (loss / parameter)",
     "weight_norm": "L2 norm of the weights",
     "update_norm": "L2 norm of the update",
     "output_rms": "RMS of the output",
     "output_grad_norm": "L2 norm of the output's gradient (loss / output)",
 }
+"""What figures and the page call the quantities that they are most about."""
 
 
 def _styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
@@ -99,6 +100,25 @@ def _styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
 def style(arm: str) -> tuple[str, Any, str]:
     """Colour, line style and marker of an arm, the same in all figures."""
     return _styles([arm])[arm]
+
+
+_ON_DARK = {"#00517F": "#6DB9EE", "#D55E00": "#FF8A3D", "#009E73": "#2FCB9F", "#000000": "#DDDDDD",
+            "#8A8A00": "#C9C94A", "#777777": "#A9A9A9"}  # fmt: skip
+"""Colours that a dark page has in place of those that it would swallow."""
+
+
+def screen_styles(arms: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Each arm's colour on a light and on a dark page, and its dashes in pixels."""
+    found = {}
+    for arm, (color, line, _) in _styles(arms).items():
+        dash = [] if line == "-" else [2.5 * part for part in line[1]]
+        found[arm] = {"light": color, "dark": _ON_DARK.get(color, color), "dash": dash}
+    return found
+
+
+def screen_colors() -> list[str]:
+    """The 256 colours of the heatmaps, dark to light."""
+    return [to_hex(color) for color in mpl.colormaps["viridis"].colors]  # type: ignore[attr-defined]
 
 
 def _grid(panels: int, columns: int = 3, height: float = 2.7) -> tuple[Figure, list[Axes]]:
@@ -297,7 +317,7 @@ def profile(
         ax.set_title(", ".join(filter(None, [facet, "" if constant else words])))
     what = "layer" if family == tables.WEIGHT else "normalisation layer"
     figure.supxlabel(f"{what}, counted from the input", fontsize=9)
-    label = _LABELS.get(quantity, quantity).replace(" (", "\n(")
+    label = LABELS.get(quantity, quantity).replace(" (", "\n(")
     if family == tables.NORM:
         label = label.replace("weight gradient", "parameters' gradient")
     figure.supylabel(label, fontsize=9)
@@ -366,7 +386,7 @@ def heatmap(frame: pd.DataFrame, quantity: str = "weight_grad_norm", *, title: s
         for name, (color, label) in colors.items()
         if name in found
     ]
-    label = _LABELS.get(quantity, quantity)
+    label = LABELS.get(quantity, quantity)
     _legend(figure, handles, ": ".join(filter(None, [label, title])))
     return figure
 

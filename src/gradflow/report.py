@@ -8,6 +8,7 @@ Everything on the page is computed from what was recorded; nothing is trained or
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradflow import atlas, captions, diagnosis, flight, status, tables
+from gradflow import atlas, captions, diagnosis, flight, status, tables, verdicts, views
 from gradflow.errors import GradflowError, StoreError
 from gradflow.findings import Finding
 from gradflow.page import Page, publish
@@ -43,6 +44,7 @@ class Material:
     """The frames that figures and tables are made of.
 
     `problems` name what cannot be read; `probes` are the probe tasks, which are in no frame.
+    `views` are what `gradflow.views` packed of each run, by its id.
     The overview has a column `diagnosis` (see `captions.diagnosed`).
     """
 
@@ -57,6 +59,7 @@ class Material:
     stories: pd.DataFrame = field(default_factory=pd.DataFrame)
     problems: list[str] = field(default_factory=list)
     probes: list[Run] = field(default_factory=list)
+    views: dict[str, bytes] = field(default_factory=dict)
 
     def of(self, group: int) -> Material:
         """What belongs to one group of comparable runs."""
@@ -85,7 +88,7 @@ def gather(runs: Runs) -> Material:
     distinct = Runs(members)
     overview = tables.overview(distinct)
     found = Material(members, overview, tables.pairs(distinct, overview), probes=probes)
-    frames, damaged = _read(members, overview, _extra_layers(members, found.pairs))
+    frames, found.views, damaged = _read(members, overview, _extra_layers(members, found.pairs))
     for name, frame in frames.items():
         setattr(found, name, frame)
     told = overview["run_id"].map(captions.diagnosed(found.diagnoses))
@@ -96,11 +99,13 @@ def gather(runs: Runs) -> Material:
 
 def _read(
     members: Sequence[Run], overview: pd.DataFrame, extras: Mapping[str, set[str]]
-) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """What is shown of the runs' tables, each read once, by name; and what is damaged."""
+) -> tuple[dict[str, pd.DataFrame], dict[str, bytes], list[str]]:
+    """What is shown of the runs' tables, each read once, by name; each run's view, by its id; and
+    what is damaged."""
     columns = ["run_id", "run", "group", "title", "depth", "arm", "seed"]
     about: list[dict[str, Any]] = overview[columns].to_dict("records")  # type: ignore[assignment]
     parts: dict[str, dict[int, pd.DataFrame]] = {name: {} for name in _READERS}
+    packed: dict[str, bytes] = {}
     damaged: list[tuple[int, str]] = []
     mapped: set[tuple[Any, ...]] = set()  # arms of which a run has its heatmap
     for place in _by_preference(overview):
@@ -117,13 +122,17 @@ def _read(
             if len(part):
                 depth = pd.array([about[place]["depth"]] * len(part), "Int64")
                 parts[name][place] = part.assign(**about[place] | {"depth": depth})
+        with contextlib.suppress(StoreError):  # named above
+            lacking = extras.get(run.path.name, set())
+            view = views.pack(run, lacking, size=views.share(len(members)))
+            packed |= {run.run_id: view} if view else {}
         mapped |= {arm} if place in parts["profiles"] else set()
     frames = {
         name: pd.concat([found[place] for place in sorted(found)], ignore_index=True)
         for name, found in parts.items()
         if found
     }
-    return frames, [line for _, line in sorted(damaged)]
+    return frames, packed, [line for _, line in sorted(damaged)]
 
 
 def _extra_layers(members: Sequence[Run], pairs: pd.DataFrame) -> dict[str, set[str]]:
@@ -373,6 +382,9 @@ def _compose(page: Page, found: Material) -> None:
     groups = [found.of(number) for number in sorted(found.overview["group"].unique())]
     shown = groups[:DRAWN_GROUPS]
     _write_tables(page, found)
+    _verdict_section(page, shown)
+    if found.views:
+        page.explorer("Gradient flow", _index(found), found.views)
     _question(page, groups, len(shown))
     _diagnosis_section(page, groups)
     _profile_section(page, shown, "first", "initialisation", "The gradient at initialisation")
@@ -431,10 +443,55 @@ _INTERVALS = (
 )
 
 
+def _verdict_section(page: Page, groups: list[Material]) -> None:
+    told = [(g, verdicts.cards(g.overview, g.pairs, g.diagnoses)) for g in groups]
+    if not any(cards for _, cards in told):
+        return
+    page.section("overview", "Verdicts")
+    for group, cards in told:
+        if cards:
+            _heading(page, group)
+            page.cards(cards)
+            page.text(f"{captions.conditions(group.members, short=True)}.", note=True)
+    page.text(
+        "An answer is given where the 95 % t interval over paired seeds lies to one side of zero. "
+        "It holds for the learning rate and the number of updates named.",
+        note=True,
+    )
+
+
+def _index(found: Material) -> dict[str, Any]:
+    """What the explorer knows of the runs before it looks into any."""
+    from gradflow import plots  # takes as long to load as all else: not for a text
+
+    def number(value: Any) -> float | None:
+        return None if pd.isna(value) else float(value)
+
+    rows = _sorted(found.overview).to_dict("records")
+    runs = [
+        {
+            "id": row["run_id"], "name": row["run"], "group": int(row["group"]),
+            "arm": row["arm"], "depth": None if pd.isna(row["depth"]) else int(row["depth"]),
+            "seed": None if pd.isna(row["seed"]) else str(row["seed"]),
+            "status": row["status"], "outcome": row["outcome"], "diagnosis": row["diagnosis"],
+            "train_error": number(row["train_error"]), "test_error": number(row["test_error"]),
+        }
+        for row in rows
+    ]  # fmt: skip
+    groups = [
+        {"number": int(part["group"].iloc[0]), "title": str(part["title"].iloc[0]),
+         "runs": len(part), "arms": tables.ordered(part["arm"])}
+        for _, part in found.overview.groupby("group", sort=True)
+    ]  # fmt: skip
+    arms = plots.screen_styles(["", *found.overview["arm"]])
+    return {"runs": runs, "groups": groups, "arms": arms, "labels": plots.LABELS,
+            "viridis": plots.screen_colors()}  # fmt: skip
+
+
 def _question(page: Page, groups: list[Material], drawn: int) -> None:
     from gradflow import plots  # takes as long to load as all else: not for a text
 
-    page.section("comparison", "Does depth hurt, and how much does a skip help?")
+    page.section("comparison", "Does depth hurt, and how much does a skip help?", "Depth and skips")
     compared = [(group, tables.comparison(group.overview, group.pairs)) for group in groups]
     compared = [(group, words) for group, words in compared if len(words)]
     if not compared:
@@ -471,7 +528,7 @@ def _diagnosis_section(page: Page, groups: list[Material]) -> None:
     parts = [group for group in groups if len(group.diagnoses) or len(group.stories)]
     if not parts:
         return
-    page.section("diagnosis", "What is wrong with the gradient?")
+    page.section("diagnosis", "What is wrong with the gradient?", "Diagnosis")
     page.text(
         "Each run's tables as a whole, at its first and at its last recorded step. Runs: how many "
         "of those examined show it; the evidence is that of the lowest seed, and diagnoses.csv has "
@@ -507,7 +564,7 @@ def _profile_section(
     parts = [g for g in groups if len(g.profiles) and g.profiles["moment"].isin(moments).any()]
     if not parts:
         return
-    page.section(anchor, heading)
+    page.section(anchor, heading, "Initialisation" if moment == "first" else "Later")
     for group in parts:
         title = _heading(page, group)
         for name in moments:
@@ -570,7 +627,7 @@ def _heat_section(page: Page, groups: list[Material]) -> None:
     parts = [group for group in groups if len(group.heat)]
     if not parts:
         return
-    page.section("heatmaps", "Layer by layer, step by step")
+    page.section("heatmaps", "Layer by layer, step by step", "Heatmaps")
     for group in parts:
         title = _heading(page, group)
         seeds, runs = (list(dict.fromkeys(group.heat[c])) for c in ("seed", "run"))
@@ -592,7 +649,7 @@ def _curve_section(page: Page, groups: list[Material]) -> None:
     parts = [g for g in groups if len(g.curves) and g.curves["step"].nunique() > 1]
     if not parts:
         return
-    page.section("curves", "Training curves")
+    page.section("curves", "Training curves", "Curves")
     for group in parts:
         title = _heading(page, group)
         page.figure(
@@ -612,7 +669,7 @@ def _benefit_section(page: Page, groups: list[Material]) -> None:
     parts = [(group, tables.benefit(group.pairs)) for group in groups]
     if not any(len(lines) for _, lines in parts):
         return
-    page.section("benefit", "The skip's benefit by depth")
+    page.section("benefit", "The skip's benefit by depth", "Benefit")
     for group, lines in parts:
         if lines.empty:
             continue
@@ -638,7 +695,7 @@ def _block_section(page: Page, groups: list[Material]) -> None:
     ]
     if not parts:
         return
-    page.section("blocks", "Branch and skip, block by block")
+    page.section("blocks", "Branch and skip, block by block", "Blocks")
     for group, arm, frame in parts:
         title = str(group.overview["title"].iloc[0])
         for moment in dict.fromkeys(frame["moment"]):
@@ -689,7 +746,7 @@ def _sorted(overview: pd.DataFrame) -> pd.DataFrame:
 
 
 def _condition_section(page: Page, groups: list[Material]) -> None:
-    page.section("conditions", "Conditions, environment, commands")
+    page.section("conditions", "Conditions, environment, commands", "Conditions")
     for group in groups:
         _heading(page, group)
         page.text(captions.conditions(group.members) + ".")

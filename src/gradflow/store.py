@@ -538,9 +538,9 @@ class Run:
         if data is not None and steps is not None:
             wanted = pa.array([int(step) for step in steps], data["step"].type)
             data = data.filter(pc.is_in(data["step"], value_set=wanted))
-        return pd.DataFrame() if data is None else schema.to_pandas(self._located(name, data))
+        return pd.DataFrame() if data is None else schema.to_pandas(self.located(name, data))
 
-    def _located(self, name: str, data: pa.Table) -> pa.Table:
+    def located(self, name: str, data: pa.Table) -> pa.Table:
         """Rows of the table `name` with the columns of their modules, if it is one of layers."""
         if name == "modules" or "layer" not in schema.KEYS[name]:
             return data
@@ -697,7 +697,7 @@ class Runs:
         if quantity is not None:
             data = data.select([*schema.KEYS[name], quantity])
             data = data.filter(pc.is_valid(data[quantity]))
-        data = run._located(name, data)
+        data = run.located(name, data)
         row = {"run_id": pa.scalar(run.run_id), **described}
         for label, value in reversed(row.items()):
             if label not in data.column_names:

@@ -1,0 +1,131 @@
+"""The first questions that a store is asked, each answered in a word with what it rests on.
+
+An answer is given where the 95 % t interval over paired seeds lies to one side of zero; otherwise
+nothing was shown. One seed decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from gradflow import captions, diagnosis, tables
+from gradflow.page import Card
+from gradflow.tables import Interval, interval
+
+HURTS, HELPS, NEITHER = "hurts", "helps", "neither"
+
+
+def cards(overview: pd.DataFrame, pairs: pd.DataFrame, diagnoses: pd.DataFrame) -> list[Card]:
+    """What one group of comparable runs says of depth, of skips, and of the gradient at the start.
+
+    Args:
+        overview: `tables.overview` of the group; pairs: its `tables.pairs`; diagnoses: those of its
+            runs, with depth, arm and seed.
+    """
+    arms = [arm for arm in tables.ordered(overview["arm"]) if arm != "unnamed"]
+    depth = [card for arm in arms if (card := _of_depth(overview, arm))]
+    skip = [card for arm in arms if (card := _of_skip(overview, pairs, arm))]
+    return [*depth, *skip, *_of_gradient(diagnoses, arms)]
+
+
+def sign(found: Interval) -> int:
+    """1 or −1 where the interval lies above or below zero, else 0; of one seed always 0."""
+    if found.seeds < 2 or not math.isfinite(found.mean):
+        return 0
+    spread = 0.0 if found.agree else found.half
+    return int(found.mean - spread > 0) - int(found.mean + spread < 0)
+
+
+def _undecided(found: Interval) -> str:
+    if found.seeds == 1:
+        return "One seed: cannot tell"
+    return "No difference" if found.agree and found.mean == 0 else "Not shown"
+
+
+def depth_effect(overview: pd.DataFrame, arm: str) -> tuple[int, int, Interval] | None:
+    """The least and the greatest depth with final training errors, and the greatest's error minus
+    the least's, paired by seed; None where two depths share no seed."""
+    rows = overview[(overview["arm"] == arm) & overview["train_error"].notna()]
+    rows = rows[rows["depth"].notna()].assign(seed=lambda f: f["seed"].map(str))
+    depths = sorted({int(depth) for depth in rows["depth"]})
+    if len(depths) < 2:
+        return None
+    shallow, deep = (
+        rows[rows["depth"] == depth].groupby("seed")["train_error"].first().astype(float)
+        for depth in (depths[0], depths[-1])
+    )
+    gaps = (deep - shallow).dropna()
+    return (depths[0], depths[-1], interval(gaps.to_numpy())) if len(gaps) else None
+
+
+def _of_depth(overview: pd.DataFrame, arm: str) -> Card | None:
+    effect = depth_effect(overview, arm)
+    if effect is None:
+        return None
+    shallow, deep, found = effect
+    word, kind = {
+        1: ("Yes: more training error", HURTS),
+        -1: ("No: less training error", HELPS),
+        0: (_undecided(found), NEITHER),
+    }[sign(found)]
+    rests = f"training error {found.words(sign=True)} from depth {shallow} to {deep}"
+    lost = _diverged(overview, arm, deep)
+    return Card(f"Does depth hurt {arm} networks?", word, f"{rests}{lost}.", kind)
+
+
+def _of_skip(overview: pd.DataFrame, pairs: pd.DataFrame, arm: str) -> Card | None:
+    rows = pairs[(pairs["arm"] == arm) & pairs["train_difference"].notna()] if len(pairs) else pairs
+    rows = rows[rows["depth"].notna()]
+    if rows.empty:
+        return None
+    deep = int(rows["depth"].max())
+    rows = rows[rows["depth"] == deep]
+    found = interval(rows["train_difference"].to_numpy(dtype=float))
+    word, kind = {
+        1: ("Yes: less training error", HELPS),
+        -1: ("No: more training error", HURTS),
+        0: (_undecided(found), NEITHER),
+    }[sign(found)]
+    ids = dict(zip(overview["run"], overview["run_id"], strict=True))
+    first = rows.iloc[0]
+    rests = f"plain error minus {arm} error, depth {deep}: {found.words(sign=True)}"
+    lost = _diverged(overview, tables.PLAIN, deep)
+    return Card(
+        f"Does the skip help ({arm})?", word, f"{rests}{lost}.", kind,
+        (str(ids[first["plain_run"]]), str(ids[first["run"]])),
+    )  # fmt: skip
+
+
+def _diverged(overview: pd.DataFrame, arm: str, depth: int) -> str:
+    lost = tables.diverged(overview)
+    here = lost[(lost["arm"] == arm) & (lost["depth"] == depth)]
+    return f"; {arm}, depth {depth}: {here['text'].iloc[0]}" if len(here) else ""
+
+
+def _of_gradient(diagnoses: pd.DataFrame, arms: list[str]) -> list[Card]:
+    """What the deepest networks' gradient is like at the first recorded step."""
+    if diagnoses.empty:
+        return []
+    first = diagnoses[diagnoses["moment"] == "first"]
+    known = first[first["depth"].notna()]
+    rows = known[known["depth"] == known["depth"].max()] if len(known) else first
+    told = {}
+    for arm in arms:
+        words = dict.fromkeys(rows.loc[rows["arm"] == arm, "diagnosis"])
+        if words:
+            told[arm] = ", ".join(words)
+    if not told:
+        return []
+    evidence = captions.evidence(rows)
+    ill = evidence[evidence["diagnosis"] != diagnosis.HEALTHY]
+    shown = (ill if len(ill) else evidence).iloc[0]
+    deep = rows["depth"].max() if len(known) else np.nan
+    where = "" if pd.isna(deep) else f", depth {int(deep)}"
+    word = "; ".join(f"{arm}: {words}" for arm, words in told.items())
+    because = f"{shown['arm']}: {shown['sentence']}."
+    return [
+        Card(f"The gradient at the first step{where}", word, because, HURTS if len(ill) else HELPS)
+    ]
