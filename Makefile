@@ -5,7 +5,7 @@ READY := .venv/.ready
 VISION := .venv-vision/bin/python
 VISION_READY := .venv-vision/.ready
 
-.PHONY: help demo test test-slow test-cluster test-vision test-findings lint run report clean python
+.PHONY: help demo test test-slow test-cluster test-vision test-browser test-findings lint run report clean python
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-cluster      sweeps on a Slurm cluster of two nodes that it starts here (as root)"
 	@echo "make test-vision       image sets through torchvision, in an environment of their own (.venv-vision)"
 	@echo "make test-findings     every published finding at few seeds, against its recorded verdict (10 minutes)"
+	@echo "make test-browser      the report's page in Chromium (Debian: apt-get install chromium)"
 	@echo "make lint              ruff and mypy"
 	@echo "make run ARGS='…'      python -m gradflow …, for instance ARGS='depth=56 skip=false max_steps=0'"
 	@echo "make report            python -m analysis: report/index.html over all of runs/"
@@ -33,6 +34,9 @@ test-cluster: $(READY)
 
 test-vision: $(VISION_READY)
 	@$(VISION) -m pytest -m vision tests/vision
+
+test-browser: $(READY)
+	@$(PY) -m pytest -m browser tests/browser
 
 test-findings: $(READY)
 	@$(PY) -m experiments --all --quick --check --runs $${TMPDIR:-/tmp}/gradflow-quick-$$$$
