@@ -496,15 +496,16 @@ def _question(page: Page, groups: list[Material], drawn: int) -> None:
     compared = [(group, words) for group, words in compared if len(words)]
     if not compared:
         page.text("No run has a final training error yet.")
-    for group, words in compared:
-        title = _heading(page, group)
-        page.items(captions.answers(group.overview, group.pairs))
+    else:
         page.text(
             "Training accuracy at the end, from an evaluation-mode pass over the whole training "
             "split, and its difference between paired seeds, ± 95 % t intervals over seeds; none "
             "where one seed was run or all agree. Seeds: of plain/skip, where these are not the "
             "same number; matched: pairs with equal initial parameters, batches and data."
         )
+    for group, words in compared:
+        title = _heading(page, group)
+        page.items(captions.answers(group.overview, group.pairs))
         page.table(_comparison_columns(words), ["depth"])
         lines = tables.degradation(group.overview)
         if group not in groups[:drawn] or lines.empty:
