@@ -138,11 +138,130 @@ def test_cfg_shows_the_configuration_and_runs_nothing(main, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_users_own_presets(main, tmp_path):
-    (tmp_path / "mine" / "network").mkdir(parents=True)
-    (tmp_path / "mine" / "network" / "small.yaml").write_text("name: mlp\n")
-    [(spec, _)] = cli._configure(["--config-dir", str(tmp_path / "mine"), "network=small"])
-    assert spec == RunSpec(network="mlp")
+# --- Hydra's habits -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def presets(tmp_path):
+    """Writes presets of a user's, by their path below the directory that is returned."""
+    directory = tmp_path / "presets" / "of mine"
+
+    def write(**files: str):
+        for name, content in files.items():
+            path = directory / f"{name.replace('__', '/')}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return str(directory)
+
+    return write
+
+
+WIDE = "# @package _global_\nnetwork: {name: mlp}\nwidth: 64\ndepth: 10\nnorm: none\n"
+SAME = {
+    "a network under another name": (
+        ["network=mine"], {"network__mine": "name: mlp\n"}, ["network=mlp"]
+    ),
+    "a network with keys of its own": (
+        ["network=wide", "depth=12"], {"network__wide": WIDE},
+        ["network=mlp", "width=64", "depth=12", "norm=none"],
+    ),
+    "data": (
+        ["data=small"], {"data__small": "name: synthetic\nsize: 16\ntrain: 500\n"},
+        ["data=synthetic", "data.size=16", "data.train=500"],
+    ),
+    "a record": (
+        ["record=often"], {"record__often": "name: default\nevery: {outputs: 2}\n"},
+        ["record.every.outputs=2"],
+    ),
+    "a preset upon gradflow's": (
+        ["data=more", "data.seed=3"],
+        {"data__more": "defaults: [synthetic]\ntrain: 500\n"},
+        ["data=synthetic", "data.train=500", "data.seed=3"],
+    ),
+    "keys of all kinds, in a group of one's own": (
+        ["+habit=fast"],
+        {"habit__fast": "# @package _global_\nlr: 0.3\nrecord: {every: {blocks: 5}}\n"},
+        ["lr=0.3", "record.every.blocks=5"],
+    ),
+    "a start of one's own": (
+        ["--config-name", "lab", "batch_size=32"],
+        {"lab": "defaults: [config, _self_]\nlr: 0.5\n"},
+        ["lr=0.5", "batch_size=32"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_users_presets_are_the_keys_that_they_set(presets, name):
+    arguments, files, keys = SAME[name]
+    directory = presets(**files)
+    [(spec, _)] = cli._configure([*arguments, "--config-dir", directory])
+    [(plain, _)] = cli._configure(keys)
+    assert spec == plain
+    assert spec.name == plain.name
+
+
+def test_a_sweep_over_presets_of_the_users(presets):
+    directory = presets(network__wide=WIDE)
+    found = cli._configure(["-m", f"--config-dir={directory}", "network=wide,mlp", "seed=0,1"])
+    assert [(spec.network.name, spec.width, spec.seed) for spec, _ in found] == [
+        ("mlp", width, seed) for width in (64, 256) for seed in (0, 1)
+    ]
+
+
+def test_a_sweep_composes_each_job_once(monkeypatch):
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    composed = []
+    compose = ConfigLoaderImpl.load_sweep_config
+
+    def count(self, *arguments):
+        composed.append(arguments)
+        return compose(self, *arguments)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", count)
+    assert len(cli._configure(["-m", "depth=8,14,20", "seed=0,1"])) == 6
+    assert len(composed) == 6
+
+
+SHOWN = [
+    ("--cfg job depth=56", "depth: 56"),
+    ("depth=56 --cfg job", "depth: 56"),
+    ("-c job -p record record=all", "name: all"),
+    ("--cfg=job --resolve depth=56 network.target=a.f network.args={d:${depth}}", "d: 56"),
+    ("--cfg hydra -p hydra.job", "chdir: false"),
+    ("--cfg all -p network", "name: cifar"),
+    ("--info", "Installed Hydra Plugins"),
+    ("--info defaults", "network/cifar"),
+    ("--info searchpath", "conf"),
+    ("--info defaults-tree depth=56", "record: default"),
+    ("--hydra-help", "Hydra (1.3"),
+    ("--version", "gradflow 0"),
+    ("-sc install=bash", "hydra_bash_completion"),
+    ("hydra.verbose=false --cfg job", "depth: null"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "shown"), SHOWN)
+def test_what_shows_something_shows_it_and_runs_nothing(
+    command, tmp_path, arguments, shown
+):  # some end the process, as Hydra does
+    done = command("-m", "gradflow", *arguments.split())
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+    assert not done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shell_completes_keys_and_presets(monkeypatch, capsys):
+    for typed, offered in (
+        ("dep", ["depth="]),
+        ("network=", [f"network={name}" for name in ("cifar", "imagenet", "mlp")]),
+        ("depth=56 record=d", ["record=default"]),
+    ):
+        monkeypatch.setenv("COMP_LINE", f"gradflow {typed}")
+        assert cli._configure(["-sc", "query=bash"]) == []
+        assert capsys.readouterr().out.split() == offered
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -170,6 +289,17 @@ BAD = [
     ("device=cpu precision=fp16", "precision=fp16: the CPU trains in"),
     ("lr=[1", "gradflow: "),
     ("-m depth=20,21", "depth=21: allowed is 6n+2"),
+    ("--fco job", "--fco: no such option; "),
+    ("--multrun depth=8", "--multrun: no such option; did you mean --multirun"),
+    ("--cfg jobs", "--cfg: wants job, hydra, all"),
+    ("--cfg", "--cfg: wants job, hydra, all"),
+    ("--resolve=1", "--resolve=1: wants no value"),
+    ("--config-dir", "--config-dir: wants a value"),
+    ("--config-dir nowhere", "Additional config directory"),
+    ("--config-dir /dev/null", "Additional config directory '/dev/null' not found"),
+    ("--config-name nope", "--config-name nope: neither gradflow nor --config-dir has nope.yaml"),
+    ("-cp conf", "--config-path: use --config-dir DIR"),
+    ("+habit=fast", "habit: no such key"),
 ]
 
 
@@ -181,6 +311,49 @@ def test_a_bad_value_is_one_line_and_exit_1(main, tmp_path, arguments, message):
     assert err.count("\n") == 1
     assert not out
     assert not list(tmp_path.iterdir())
+
+
+BAD_PRESETS = [
+    ("network=mine", {"network__mine": "name: mlp\nwdth: 3\n"},
+     "network/mine.yaml: network.wdth: no such key; did you mean width"),
+    ("network=mine", {"network__mine": "name: mlp\nwidth: 3\n"},
+     "network/mine.yaml: network.width: no such key; for width itself, let the file begin with "
+     "`# @package _global_`"),
+    ("network=mine", {"network__mine": "name: nonet\n"}, "network.name=nonet: allowed is cifar"),
+    ("network=mine", {"network__mine": "- mlp\n"}, "network/mine.yaml: Merge error: list"),
+    ("network=mine", {"network__mine": "name: mlp\n  foo: [1\n"},
+     "of mine/network/mine.yaml, line 2: mapping values are not allowed here"),
+    ("network=mine", {"network__mine": "name: mlp\nname: cifar\n"},
+     "of mine/network/mine.yaml, line 2: found duplicate key name"),
+    ("network=mine", {"network__mine": "# @package _global_\ndefaults: [/network: mlp]\n"},
+     "of mine: presets there choose one another without end"),
+    ("network=mine", {"network__mine": "# @package of mine\nname: mlp\n"},
+     "Too many components in '@package of mine'"),
+    ("network=nope", {"network__mine": "name: mlp\n"},
+     "network=nope: allowed is cifar, imagenet, mine, mlp"),
+    ("--config-name=lab", {"lab": "defaults: [config, _self_]\nlrr: 0.5\n"},
+     "lab.yaml: lrr: no such key; did you mean lr"),
+    ("+habit=slow", {"habit__fast": "lr: 1\n"}, "habit=slow: allowed is fast"),
+    ("+habit=fast", {"habit__fast": "lr: 1\n"}, "habit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argument", "files", "message"), BAD_PRESETS)
+@pytest.mark.parametrize("sweep", [(), ("-m",)])
+def test_a_bad_preset_is_one_line_that_names_it(main, presets, argument, files, message, sweep):
+    code, out, err = main(*sweep, "--config-dir", presets(**files), argument, "max_steps=0")
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+    assert not out
+
+
+def test_a_preset_that_is_no_text_is_named(main, presets, tmp_path):
+    directory = presets(network__mine="")
+    (tmp_path / "presets/of mine/network/mine.yaml").write_bytes(b"\xff\xfe")
+    code, _, err = main("--config-dir", directory, "network=mine")
+    assert code == 1
+    assert err.endswith("of mine/network/mine.yaml: is not text in UTF-8\n")
 
 
 def test_data_that_is_damaged_is_one_line(main, tmp_path):

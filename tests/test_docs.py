@@ -3,12 +3,16 @@
 import contextlib
 import io
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from gradflow import cli
 from gradflow.recording.quantities import DETAILS
-from gradflow.spec import DATA, PUBLIC
+from gradflow.spec import DATA, LOGGERS, PUBLIC, RunSpec
 from gradflow.spec import DETAILS as NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,3 +62,64 @@ def test_every_data_set_is_described_with_its_shape_and_size() -> None:
         shape, sizes = described[name]
         assert shape.startswith("×".join(map(str, known.shape)))
         assert sizes.startswith(f"{known.train:,} / ")
+
+
+# --- trackers and configuration -------------------------------------------------------------------
+
+TRACKERS = (ROOT / "docs" / "trackers.md").read_text()
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
+
+
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def _matching(word: str) -> list[str]:
+    """What a shell makes of a word."""
+    return sorted(map(str, Path().glob(word))) if "*" in word else [word]
+
+
+@pytest.mark.slow
+def test_the_commands_of_trackers_do_what_they_say(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    harmless = {"tensorboard": ("-m", "tensorboard.main", "--inspect"),
+                "wandb": ("-m", "wandb", "sync", "--dry-run")}  # fmt: skip
+    shown = {}
+    for line in commands(TRACKERS):
+        program, *words = shlex.split(line)
+        if program == "python":
+            assert cli.main([*words[2:], "threads=1"]) == 0
+            continue
+        words = [name for word in words for name in _matching(word)]
+        arguments = [*harmless[program], *(word for word in words if word != "sync")]
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        shown[program] = done.stdout + done.stderr
+    assert "loss/test" in shown["tensorboard"]
+    assert "Would sync 4 run(s)" in shown["wandb"]
+    assert "logger=" not in capsys.readouterr().err
+
+
+def test_every_logger_is_described() -> None:
+    assert tuple(re.findall(r"^\| `(\w+)` \| [|`]", TRACKERS, re.M)) == ("none", *LOGGERS[1:])
+
+
+def test_the_presets_of_configuration_are_the_keys_that_they_set(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, block in re.findall(r"`(\S+)`:\n\n```yaml\n(.*?)```", CONFIGURATION, re.DOTALL):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block)
+    found = [
+        [spec for spec, _ in cli._configure(shlex.split(line)[3:])]
+        for line in commands(CONFIGURATION)
+    ]
+    assert [len(specs) for specs in found] == [0, 0, 0, 0, 12, 10, 1, 4, 1]
+    small = {"name": "synthetic", "size": 16, "train": 500}
+    wide = RunSpec(network="mlp", width=64, depth=10, norm="none")  # type: ignore[arg-type]
+    assert found[-3] == [wide.but(data=small)]
+    fast = [spec.but(lr=0.3, batch_size=32) for spec in (wide, RunSpec(network="mlp", depth=10))]  # type: ignore[arg-type]
+    assert found[-2] == [spec.but(depth=depth) for spec in fast for depth in (10, 20)]
+    assert found[-1] == [RunSpec(depth=8, schedule="cosine", epochs=3)]

@@ -47,6 +47,7 @@ FORBIDDEN = {
 }
 ONLY = {"hydra": {"cli", "config"}, "omegaconf": {"cli", "config"},
         "pytorch_lightning": {"training"}, "wandb": {"tracking"},
+        "torch.utils.tensorboard": {"tracking"},
         "torchvision": {"vision", "folder"}}  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gradflow import __version__
 from gradflow.errors import GradflowError, SpecError
 from gradflow.interrupt import Interrupt
 from gradflow.spec import Execution, RunSpec
@@ -26,7 +27,20 @@ INTERRUPTED = 130
 _REFUSED = {
     "hydra/launcher": "gradflow launches sweeps itself; use launcher=local or launcher=slurm",
     "hydra/sweeper": "a sweep expands its overrides and no more; use -m (launcher=local, slurm)",
+    "--config-path": "use --config-dir DIR, whose presets come beside gradflow's own",
+    "--experimental-rerun": "nothing is kept to be run again; give the same keys",
 }
+_ANY = ("any",)
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "--multirun": (), "--run": (), "--resolve": (), "--hydra-help": (), "--shell-completion": (),
+    "--cfg": ("job", "hydra", "all"), "--package": _ANY, "--config-dir": _ANY,
+    "--config-name": _ANY, "--config-path": _ANY, "--experimental-rerun": _ANY,
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}  # fmt: skip
+"""Hydra's options, and the values that each takes."""
+_SHORT = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-p": "--package", "-i": "--info",
+          "-cd": "--config-dir", "-cn": "--config-name", "-cp": "--config-path",
+          "-sc": "--shell-completion"}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,12 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(text())
         return 0
+    if "--version" in given:
+        print(f"gradflow {__version__}")
+        return 0
     interrupt = Interrupt()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:
         configured = _configure(given)
-        sweeping = len(configured) > 1 or bool({"-m", "--multirun"} & set(given))
+        sweeping = len(configured) > 1 or "--multirun" in _split(given)[0]
         return _execute(configured, sweeping=sweeping)
     except GradflowError as error:
         print(f"gradflow: {error}", file=sys.stderr)
@@ -62,43 +79,82 @@ def _configure(arguments: list[str]) -> list[tuple[RunSpec, Execution]]:
         GradflowError: one line for what is wrong with them.
     """
     import hydra
+    import yaml
     from hydra.errors import HydraException
+    from hydra.plugins.sweeper import Sweeper
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
     from gradflow import config
 
-    _check_overrides(arguments, config.known_keys())
+    options, overrides = _split(arguments)
+    completing = "--shell-completion" in options
+    if not completing:
+        _check_overrides(overrides, config.known_keys())
     config.register_schema()
     composed: list[DictConfig] = []
     task = hydra.main(
         version_base="1.3", config_path=str(config.conf_directory()), config_name="config"
     )(composed.append)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of Hydra's own report and exit
-    kept = sys.argv
+    kept, validate = sys.argv, Sweeper.validate_batch_is_legal
     try:
         with tempfile.TemporaryDirectory(prefix="gradflow-") as scratch:
             # Hydra leaves a multirun.yaml in the sweep's directory; the store is our only output.
+            place = [] if completing else [f"hydra.sweep.dir={scratch}"]
             # A probe is a name without presets: no group of configuration files stands behind it.
-            given = [re.sub("^probe=", "probe.name=", argument) for argument in arguments]
-            sys.argv = [kept[0], *given, f"hydra.sweep.dir={scratch}"]
+            given = [re.sub("^probe=", "probe.name=", override) for override in overrides]
+            sys.argv = [kept[0], *given, *place, *options]
+            # Composes all jobs once more, for launchers that compose elsewhere: ours has only this.
+            Sweeper.validate_batch_is_legal = lambda *_: None  # type: ignore[method-assign]
             task()
         return [config.specs_from(item) for item in composed]
     except (HydraException, OmegaConfBaseException) as error:
-        raise SpecError(_one_line(error)) from None
+        raise SpecError(_one_line(error, config.known_keys())) from None
+    except GradflowError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a file of the user's
+        raise SpecError(_unreadable(error, options)) from None
     finally:
-        sys.argv = kept
+        sys.argv, Sweeper.validate_batch_is_legal = kept, validate  # type: ignore[method-assign]
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's options, each as one word, and the overrides, wherever either stand.
+
+    Raises:
+        SpecError: an option that there is not, or a value that it does not take.
+    """
+    options, overrides, rest = [], [], list(arguments)
+    while rest:
+        name, sign, value = rest.pop(0).partition("=")
+        if not name.startswith("-"):
+            overrides.append(name + sign + value)
+            continue
+        name = _SHORT.get(name, name)
+        if name not in _OPTIONS:
+            raise SpecError(f"{name}: no such option; {_nearest(name, list(_OPTIONS))}")
+        allowed = _OPTIONS[name]
+        if allowed and not sign and rest and (allowed == _ANY or rest[0] in allowed):
+            sign, value = "=", rest.pop(0)
+        if name in _REFUSED:
+            raise SpecError(f"{name}: {_REFUSED[name]}")
+        known = value in allowed or (allowed == _ANY and value)
+        if not (known if allowed and (sign or name != "--info") else not sign):
+            words = "a value" if allowed == _ANY else ", ".join(allowed) or "no value"
+            raise SpecError(f"{name}{sign}{value}: wants {words}")
+        options.append(name + sign + value)
+    return options, overrides
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else "`--help` lists the keys"
 
 
 def _check_overrides(arguments: list[str], known: list[str]) -> None:
     """Refuse unknown keys with the nearest known ones, before Hydra says it in nine lines."""
-    takes_value = False
     for argument in arguments:
-        if argument.startswith("-") or takes_value:
-            takes_value = argument in ("-cd", "--config-dir", "-cn", "--config-name", "-cp",
-                                       "--config-path", "-c", "--cfg", "-p", "--package",
-                                       "-i", "--info")  # fmt: skip
-            continue
         name, sign, _ = argument.partition("=")
         key = name.lstrip("+~")
         if key in _REFUSED:
@@ -115,20 +171,53 @@ def _check_overrides(arguments: list[str], known: list[str]) -> None:
             raise SpecError(f"{argument}: give keys as KEY=VALUE")
         free = name.startswith("+") or key.startswith(("hydra.", "hydra/", "network.args."))
         if not free and key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "`--help` lists the keys"
-            raise SpecError(f"{key}: no such key; {hint}")
+            raise SpecError(f"{key}: no such key; {_nearest(key, known)}")
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, known: list[str]) -> str:
     options = getattr(error, "options", None)
     missing = getattr(error, "missing_cfg_file", None)
     if missing is not None:
-        group, _, choice = str(missing).partition("/")
+        group, sign, choice = str(missing).partition("/")
+        if not sign:
+            return f"--config-name {group}: neither gradflow nor --config-dir has {group}.yaml"
         names = ", ".join(options or ()) or "a file of the configuration directory"
         return f"{group}={choice}: allowed is {names}"
     message = str(error).strip() or type(error).__name__
+    composing = re.match(r"In '(.*?)': (\w+) raised while composing config:\n(.*)", message)
+    if composing is not None:
+        file, kind, reason = composing.groups()
+        key = re.search(r"full_key: (\S+)", message)
+        if kind == "ConfigKeyError" and key is not None:
+            reason = f"{key[1]}: no such key; {_meant(key[1], known)}"
+        return f"{file}.yaml: {reason}"
     return re.sub(r"\.?\s*\n\s*", "; ", message)
+
+
+def _meant(key: str, known: list[str]) -> str:
+    """What a key of a preset should have been."""
+    name = key.rpartition(".")[2]
+    if name != key and name in known:
+        return f"for {name} itself, let the file begin with `# @package _global_`"
+    return _nearest(name, [one.rpartition(".")[2] for one in known])
+
+
+def _unreadable(error: Exception, options: list[str]) -> str:
+    """Which preset of the user's cannot be read, and why."""
+    folders = [option.partition("=")[2] for option in options if option.startswith("--config-dir=")]
+    if isinstance(error, RecursionError):
+        return f"{', '.join(folders)}: presets there choose one another without end"
+    if isinstance(error, UnicodeDecodeError):
+        for path in sorted(path for folder in folders for path in Path(folder).rglob("*.yaml")):
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                return f"{path}: is not text in UTF-8"
+            except OSError:
+                continue
+    mark = getattr(error, "problem_mark", None)
+    place = f"{mark.name}, line {mark.line + 1}: " if mark is not None else ""
+    return f"{place}{getattr(error, 'problem', None) or ' '.join(str(error).split())}"
 
 
 # --- from specs to runs ---------------------------------------------------------------------------

@@ -33,7 +33,8 @@ Keys, as KEY=VALUE, with their defaults:"""
 
 _TAIL = """\
 Every run lies in RUNS_DIR/<network>-<depth>-<skip>-s<seed>-<id>; one that is done is not run again.
-Hydra's own: -m sweep, --cfg job show the configuration, --config-dir DIR presets of yours."""
+Hydra's own: -m sweep, --cfg job show the configuration, --config-dir DIR presets of yours:
+docs/configuration.md."""
 
 _TITLES = {
     "network": "Network",

@@ -32,7 +32,7 @@ from gradflow.recording.quantities import ALL, DEFAULT
 from gradflow.recording.schedules import FIRST_STEPS, Schedule, every
 from gradflow.spec import OWN, Execution, RunSpec
 from gradflow.store import CHECKPOINT, Run, RunWriter, damaged, encode, find, prepare
-from gradflow.tracking import Tracker, make_tracker
+from gradflow.tracking import Mirror
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -112,9 +112,10 @@ def _run(store: Path, spec: RunSpec, execution: Execution, tell: Emit) -> tuple[
     # A single pass is not worth other processes.
     alone = replace(execution, devices=1, nodes=1) if spec.max_steps == 0 else execution
     group = Group(spec, alone, device.type, torch.get_num_threads())
-    with writer, group:
+    mirror = Mirror(execution.logger)  # closed last: it mirrors what the record has become
+    with mirror, writer, group:
         try:
-            _compute(spec, data, device, writer, state, execution.logger, tell, group)
+            _compute(spec, data, device, writer, state, mirror, tell, group)
         except SystemExit as error:  # in a network of the user's
             raise GradflowError(f"{spec.name}: its network called sys.exit({error.code})") from None
     return Run(writer.path), False
@@ -145,7 +146,7 @@ def _compute(
     device: torch.device,
     writer: RunWriter,
     state: dict[str, Any],
-    logger: str,
+    mirror: Mirror,
     tell: Emit,
     group: Group,
 ) -> None:
@@ -168,20 +169,14 @@ def _compute(
     }
     writer.update(certificate=certificate)
     data = data.to(device, _dtype(spec))
-    tracker = make_tracker(logger, writer.path, spec, state.get("updates", 0))
-    try:
-        fields = _measure(network, data, spec, device, writer, tracker, tell, state, group)
-        if spec.probe.name is not None:
-            _probe(network, data, spec, writer, fields["steps"])
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        tracker.finish("interrupted" if interrupted else "failed", {}, {})
-        raise
+    mirror.begin(writer, spec)
+    fields = _measure(network, data, spec, device, writer, mirror, tell, state, group)
+    if spec.probe.name is not None:
+        _probe(network, data, spec, writer, fields["steps"])
     status = "done" if fields["divergence"] is None else "diverged"
     certificate["batches"] = fields.pop("batches_digest")
     fields["final_parameters"] = _digest_all(network)
     writer.finish(status, certificate=certificate, **fields)
-    tracker.finish(status, fields["metrics"], _figures(writer, logger))
 
 
 def _measure(
@@ -190,7 +185,7 @@ def _measure(
     spec: RunSpec,
     device: torch.device,
     writer: RunWriter,
-    tracker: Tracker,
+    mirror: Mirror,
     tell: Emit,
     state: dict[str, Any],
     group: Group,
@@ -208,7 +203,7 @@ def _measure(
         schedule=_schedules(spec),
         quantities=_quantities(spec),
         writer=writer,
-        tracker=tracker,
+        mirror=mirror,
         emit=tell,
         state=state or None,
         group=group,
@@ -251,16 +246,6 @@ def follow(
         ranks=ranks,
         address=address,
     )
-
-
-def _figures(writer: RunWriter, logger: str) -> dict[str, Any]:
-    """What a mirror shows of the record: drawn only where there is one that shows figures."""
-    if logger != "wandb":
-        return {}
-    from gradflow import plots
-
-    frame = Run(writer.path).with_modules("weights")
-    return {} if frame.empty else {"gradient_profile": plots.profile(frame)}
 
 
 def _measure_initialisation(

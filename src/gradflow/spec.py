@@ -52,7 +52,7 @@ DETAILS = (
 )  # fmt: skip
 """What is recorded where it is asked for only: `recording.quantities` describes each."""
 RECORDS = ("default", "none", "all")
-LOGGERS = ("none", "csv", "wandb")
+LOGGERS = ("none", "csv", "tensorboard", "wandb")
 LAUNCHERS = ("local", "slurm")
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 FORMATS = ("fp16", "bf16", "fp32", "fp64")

@@ -9,7 +9,7 @@ A run is one directory, described in `schema` and here:
     <table>.parquet     weights, outputs, blocks, steps, evaluations, probes; none if it has no rows
     attempt-<n>/        until finished: claim.json of who is at work (see `claim`), checkpoint.pt to
                         go on from, and <table>-<number>.parquet, merged at the end
-    metrics.csv, wandb/ a logger's mirror, if asked for; see `tracking`
+    metrics.csv, tensorboard/, wandb/   a logger's mirror, if asked for; see `tracking`
 
 A finished run is eight files or nine. Every file is written under a temporary name and renamed, so
 that a kill at any moment leaves a readable run.

@@ -58,16 +58,20 @@ def arm(columns: Mapping[str, Any]) -> str:
     return ", ".join([name, *extra])
 
 
-def _remaining(run: Run) -> dict[str, Any]:
-    """The keys in which two arms of a comparison must agree."""
-    named = {key: value for key, value in run.columns().items() if value is not None}
-    columns = {k: v for k, v in named.items() if k not in (*_COMPARED, *_NO_MATTER)}
-    if columns.get("network_args"):  # a user's network takes depth and skip among its arguments
-        args = json.loads(columns["network_args"])
+def alike(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's columns those, with their values, in which two arms of a comparison must agree."""
+    named = {key: value for key, value in columns.items() if value is not None}
+    kept = {k: v for k, v in named.items() if k not in (*_COMPARED, *_NO_MATTER)}
+    if kept.get("network_args"):  # a user's network takes depth and skip among its arguments
+        args = json.loads(kept["network_args"])
         if isinstance(args, dict):
             args = {key: value for key, value in args.items() if key not in _COMPARED}
-        columns["network_args"] = json.dumps(args, sort_keys=True)
-    return {"origin": run.record.get("origin"), **columns}
+        kept["network_args"] = json.dumps(args, sort_keys=True)
+    return kept
+
+
+def _remaining(run: Run) -> dict[str, Any]:
+    return {"origin": run.record.get("origin"), **alike(run.columns())}
 
 
 def group_titles(keys: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -24,7 +24,7 @@ from gradflow.recording import Divergence, Recorder
 from gradflow.recording.schedules import Schedule
 from gradflow.spec import RunSpec
 from gradflow.store import RunWriter
-from gradflow.tracking import Tracker
+from gradflow.tracking import Mirror
 from gradflow.training import checkpoint, ddp
 from gradflow.training.callback import GradientFlow
 from gradflow.training.evaluation import evaluate
@@ -57,7 +57,7 @@ def train(
     schedule: dict[str, Schedule],
     quantities: str | tuple[str, ...],
     writer: RunWriter,
-    tracker: Tracker,
+    mirror: Mirror,
     emit: Emit,
     state: dict[str, Any] | None = None,
     group: Group | None = None,
@@ -77,7 +77,7 @@ def train(
             stack.enter_context(ddp.leading(group))
             ddp.from_rank_0((data.digest, state))
         fit = _Fit(network, data, spec, device, ranks, state, schedule, quantities, writer)
-        watch = _Watch(fit.module, fit.flow, data, writer, tracker, emit)
+        watch = _Watch(fit.module, fit.flow, data, writer, mirror, emit)
         if state is not None:
             watch.load(state)
         trainer = fit.run(watch)
@@ -209,12 +209,12 @@ class _Watch(pl.Callback):
         flow: GradientFlow,
         data: Data,
         writer: RunWriter,
-        tracker: Tracker,
+        mirror: Mirror,
         emit: Emit,
     ):
         self._module, self._flow, self._data = module, flow, data
         self._spec, self._writer = module.spec, writer
-        self._tracker, self._emit = tracker, emit
+        self._mirror, self._emit = mirror, emit
         self._per_epoch = module.spec.but(max_steps=None, epochs=1).updates(len(data.train))
         self._seen = module.start
         self.digest = ""  # of the batches trained on, see `consumed_digest`
@@ -273,7 +273,7 @@ class _Watch(pl.Callback):
         self.recorder.evaluate("train_batches", step=self.updates, **seen)
         test = self._evaluate(trainer, "test")
         self._test = (self.updates, test)
-        self._tracker.log(
+        self._mirror.log(
             self.updates,
             {"epoch": -(-self.updates // self._per_epoch)}
             | {f"train_batches_{name}": value for name, value in seen.items()}
