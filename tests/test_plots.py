@@ -133,6 +133,83 @@ def test_heatmaps_show_every_cell_and_tell_zero_non_finite_and_missing_apart():
     assert ax.get_title() == "plain, depth 3"
 
 
+def layered(values, steps=(0, 100), **columns):
+    """One run's layers as `views.layered` gives them: the values at each step."""
+    rows = [
+        {"step": step, "layer": f"l{i}", "family": "weights", "ordinal": i, "x": value} | columns
+        for step in steps
+        for i, value in enumerate(values, start=1)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_comparison_draws_both_runs_and_their_ratio():
+    a, b = layered([1.0, 2.0, 4.0], arm="plain"), layered([1.0, 100.0], arm="residual")
+    b.loc[b["step"] == 100, "x"] = 1000.0
+    figure = plots.comparison(a, b, "x", step=3, names=("A: plain", "B: residual"))
+    one, two, _, profiles, ratio = figure.axes
+    assert [ax.get_title() for ax in (one, two)] == ["A: plain", "B: residual"]
+    meshes = [ax.collections[0] for ax in (one, two)]
+    assert {mesh.norm for mesh in meshes} == {meshes[0].norm}  # one scale of colours
+    assert (meshes[0].norm.vmin, meshes[0].norm.vmax) == (1, 1000)
+    assert [mesh.get_array().shape for mesh in meshes] == [(3, 2), (2, 2)]
+    drawn = [line for line in profiles.get_lines() if len(line.get_xdata())]
+    assert [list(line.get_ydata()) for line in drawn] == [[1, 2, 4], [1, 100]]
+    assert [list(line.get_xdata()) for line in drawn] == [[1, 2, 3], [1, 2]]
+    assert [line.get_color() for line in drawn] == [
+        plots.style(n)[0] for n in ("plain", "residual")
+    ]
+    level, line = ratio.get_lines()
+    assert list(level.get_ydata()) == [1, 1]
+    assert list(line.get_ydata()) == pytest.approx([1, 5, 25])
+    assert ratio.get_yscale() == profiles.get_yscale() == "log"
+    assert profiles.get_title() == "profiles, initialisation"  # the nearest to step 3
+    assert ratio.get_xlabel() == "layer of A, counted from the input"
+    assert texts(figure) == ["A: plain", "B: residual"]
+
+
+def test_a_comparison_by_relative_depth_of_one_step_alone():
+    a, b = (layered([1.0, 2.0, value], (0,), arm="plain") for value in (3.0, 6.0))
+    profiles, ratio = plots.comparison(a, b, "x", relative=True).axes
+    one, two = profiles.get_lines()
+    assert list(one.get_xdata()) == list(ratio.get_lines()[1].get_xdata()) == [0, 0.5, 1]
+    assert one.get_color() != two.get_color()  # of one arm
+    assert ratio.get_xlabel() == "relative depth, input (0) to output (1)"
+
+
+def test_a_comparison_marks_what_has_no_ratio():
+    a = layered([0.0, 1.0, math.nan, 1.0], (0,), arm="plain")
+    b = layered([1.0, 0.0, 1.0, None], (0,), arm="residual")
+    b["x"] = pd.array([1.0, 0.0, 1.0, None], dtype="double[pyarrow]")
+    figure = plots.comparison(a, b, "x")
+    profiles, ratio = figure.axes
+    marks = {m: [list(line.get_xdata()) for line in lines(ratio, m)] for m in "xv"}
+    assert marks == {"x": [[1, 3]], "v": [[2]]}  # of the fourth B was not measured
+    marks = {m: [list(line.get_xdata()) for line in lines(profiles, m)] for m in "xv"}
+    assert marks == {"x": [[3]], "v": [[1], [2]]}
+    assert texts(figure)[2:] == ["exactly zero", "NaN or Inf"]
+
+
+def test_what_may_be_negative_is_compared_by_its_difference():
+    a, b = layered([-1.0, 0.0, 1.0], arm="plain"), layered([1.0, 0.0], arm="residual")
+    _, _, _, profiles, difference = plots.comparison(a, b, "x").axes
+    assert profiles.get_yscale() == difference.get_yscale() == "linear"
+    level, line = difference.get_lines()
+    assert list(level.get_ydata()) == [0, 0]
+    assert list(line.get_ydata()) == [2, 0.5, -1]
+    assert difference.get_title() == "B − A at equal relative depth"
+
+
+def test_profiles_by_seed(found):
+    frame = found.profiles[found.profiles["moment"] == "first"]
+    figure = plots.profile(frame, by="seed")
+    panels = [ax for ax in figure.axes if ax.axison]
+    assert [ax.get_title() for ax in panels] == [f"seed {seed}" for seed in range(5)]
+    runs = frame[frame["family"] == "weights"].groupby("seed")["run_id"].nunique()
+    for ax, seed in zip(panels, range(5), strict=True):
+        assert len([line for line in lines(ax) if len(line.get_xdata()) > 9]) == runs[seed]
+
+
 def test_degradation_shows_means_intervals_seeds_and_what_diverged(found):
     means = tables.degradation(found.overview)
     figure = plots.degradation(found.overview, means)

@@ -524,3 +524,56 @@ def test_rates_over_seeds_in_words(tmp_path):
     assert words.loc["identity", "rate"] == "–"
     assert words.loc["identity", "trend"] == "no exponential fits"
     assert words.loc["identity", "first_last"] == tables.short(55**0.7)
+
+
+# --- two runs -------------------------------------------------------------------------------------
+
+
+def test_networks_of_equal_depth_are_compared_layer_by_layer():
+    a = np.random.default_rng(0).uniform(1, 2, 152)
+    b = np.random.default_rng(1).uniform(1, 2, 152)
+    np.testing.assert_array_equal(tables.compare_layers(a, b), b / a)
+    np.testing.assert_array_equal(tables.compare_layers(a, b, log=False), b - a)
+    assert tables.compare_layers([2.0], [6.0]).tolist() == [3.0]
+
+
+def test_between_two_layers_the_logarithm_is_interpolated():
+    """Three layers of A lie at 0, 1/2 and 1: the second between the two of B, of √(1·100)."""
+    assert tables.compare_layers([1, 1, 1], [1, 100]).tolist() == pytest.approx([1, 10, 100])
+    assert tables.compare_layers([1, 1, 1], [1, 100], log=False).tolist() == [0, 49.5, 99]
+    # Of four, at 1/3 and 2/3, against three at 0, 1/2 and 1: two thirds, and one third, of the way.
+    four = tables.compare_layers([1, 2, 4, 8], [1, 8, 64])
+    assert four.tolist() == pytest.approx([1, 2, 4, 8])
+    assert tables.compare_layers([1, 2], [3, 5, 8]).tolist() == [3, 4]
+    exponential = tables.compare_layers(1.2 ** np.arange(20), 1.2 ** np.linspace(0, 19, 152))
+    np.testing.assert_allclose(exponential, 1, rtol=1e-12)
+    tiny = tables.compare_layers(np.full(5, 1e-300), np.full(9, 1e300))
+    assert np.isposinf(tiny).all()
+
+
+def test_what_has_no_ratio_is_told_apart():
+    none = np.ma.masked_invalid([math.nan, 1.0, 1.0, 1.0, 1.0])
+    found = tables.compare_layers([1, 0, 0, math.nan, math.inf], [0, 1, 0, 1, 1])
+    np.testing.assert_array_equal(found, [0, math.inf, math.nan, math.nan, math.nan])
+    assert not np.ma.getmaskarray(found).any()
+    for pair in ((none, [2.0] * 5), ([2.0] * 5, none)):
+        assert np.ma.getmaskarray(tables.compare_layers(*pair)).tolist() == [True, *[False] * 4]
+    # What lies between a layer and one that was not measured was not measured either.
+    between = tables.compare_layers([1, 1, 1], np.ma.masked_invalid([1.0, math.nan]))
+    assert np.ma.getmaskarray(between).tolist() == [False, True, True]
+    assert tables.compare_layers([1, 1, 1], [0, 4]).tolist() == [0, 0, 4]
+
+
+def test_a_step_s_profile_knows_null_from_nan():
+    values = pd.arrays.ArrowExtensionArray(pa.array([1.0, None, math.nan, 4.0]))
+    frame = pd.DataFrame({"step": [0, 0, 0, 5], "ordinal": [1, 2, 3, 4], "x": values})
+    found = tables.at_step(frame, "x", 0)
+    assert np.ma.getmaskarray(found).tolist() == [False, True, False, True]
+    assert found[0] == 1
+    assert math.isnan(found[2])
+
+
+def test_the_nearest_step_is_the_earlier_of_two():
+    assert [tables.nearest([0, 10, 30], wanted) for wanted in (-5, 5, 6, 20, 999)] == [
+        0, 0, 10, 10, 30
+    ]  # fmt: skip

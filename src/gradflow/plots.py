@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, to_hex, to_rgb
-from matplotlib.figure import Figure
+from matplotlib.colors import ListedColormap, LogNorm, Normalize, to_hex, to_rgb
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -89,6 +90,10 @@ LABELS = {
     "output_grad_norm": "L2 norm of the output's gradient (loss / output)",
 }
 """What figures and the page call the quantities that they are most about."""
+
+
+def label(quantity: str) -> str:
+    return LABELS.get(quantity, quantity.replace("_", " "))
 
 
 def _styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
@@ -216,14 +221,15 @@ def _shown(values: NDArray[np.float64], log: bool) -> NDArray[np.float64]:
 
 
 def _log_line(
-    ax: Axes, x: ArrayLike, y: ArrayLike, style: tuple[str, Any, str], offset: float = 0
-) -> None:
+    ax: Axes, x: ArrayLike, y: ArrayLike, style: tuple[str, Any, str], offset: float = 0,
+    *, log: bool = True,
+) -> None:  # fmt: skip
     """A line with few markers, those of different arms at different places."""
     color, dashes, marker = style
-    places = np.asarray(x)
+    places, values = np.asarray(x), _shown(np.asarray(y, dtype=float), log)
     every = max(1, len(places) // 7)
     ax.plot(
-        places, _drawable(y), color=color, linestyle=dashes, marker=marker, linewidth=0.9,
+        places, values, color=color, linestyle=dashes, marker=marker, linewidth=0.9,
         markersize=3, markevery=(int(offset * every), every), alpha=0.85,
     )  # fmt: skip
 
@@ -241,14 +247,19 @@ def _log_limits(axes: Iterable[Axes], values: ArrayLike) -> None:
     for ax in axes:
         ax.set_yscale("log")
         ax.set_ylim(max(low * 10**-room, 1e-320), high * 10**room)
-        if high / low > 100:
-            ax.yaxis.set_major_locator(LogLocator(numticks=7))
-            ax.yaxis.set_major_formatter(FuncFormatter(_power))
-            ax.yaxis.set_minor_locator(NullLocator())
-        else:
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.yaxis.set_minor_locator(NullLocator())
+        _log_ticks(ax.yaxis, low, high)
+
+
+def _log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Powers of ten, or over a narrow range the numbers between them."""
+    if high / low > 100:
+        axis.set_major_locator(LogLocator(numticks=7))
+        axis.set_major_formatter(FuncFormatter(_power))
+    else:
+        numbers = MaxNLocator(5, steps=[1, 2, 5, 10])
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high / low > 3 else numbers)
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _power(value: float, _: int = 0) -> str:
@@ -259,16 +270,16 @@ def _power(value: float, _: int = 0) -> str:
 
 def _completed(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns that facet a figure, also for the frame of a single record, which lacks them."""
-    missing: dict[str, Any] = {"run_id": "", "depth": pd.NA, "arm": ""}
+    missing: dict[str, Any] = {"run_id": "", "depth": pd.NA, "arm": "", "seed": pd.NA}
     return frame.assign(**{n: v for n, v in missing.items() if n not in frame})
 
 
-def _by_depth(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(panel's title, rows) for each depth; runs without one come last."""
-    known = sorted(frame["depth"].dropna().unique())
-    parts = [(f"depth {depth}", frame[frame["depth"] == depth]) for depth in known]
-    rest = frame[frame["depth"].isna()]
-    return [*parts, ("no depth given" if parts else "", rest)] if len(rest) else parts
+def _by(frame: pd.DataFrame, column: str = "depth") -> list[tuple[str, pd.DataFrame]]:
+    """(panel's title, rows) for each depth, or seed; runs without one come last."""
+    known = sorted(frame[column].dropna().unique(), key=lambda v: (isinstance(v, str), v))
+    parts = [(f"{column} {value}", frame[frame[column] == value]) for value in known]
+    rest = frame[frame[column].isna()]
+    return [*parts, (f"no {column} given" if parts else "", rest)] if len(rest) else parts
 
 
 # --- profiles -------------------------------------------------------------------------------------
@@ -280,11 +291,12 @@ def profile(
     quantity: str = "weight_grad_norm",
     *,
     family: str = tables.WEIGHT,
+    by: str = "depth",
     title: str = "",
 ) -> Figure:
     """A quantity of each layer against its place, log scale: each run's first and last step.
 
-    One panel a moment and depth, one line a run, arms side by side.
+    One panel a moment and depth (`by="seed"`: seed), one line a run, arms side by side.
 
     Args:
         frame: step, layer, position, kind, the quantity; of more than one run also run_id, depth,
@@ -306,7 +318,7 @@ def profile(
     for moment in dict.fromkeys(range(2) if (ends[:, 0] != ends[:, 1]).any() else [0]):
         here = data[steps == ends[:, moment]]
         words = tables.when(here["step"])
-        panels += [(words, facet, part) for facet, part in _by_depth(here)]
+        panels += [(words, facet, part) for facet, part in _by(here, by)]
     constant = len({words for words, *_ in panels}) == 1
     figure, axes = _grid(len(panels))
     styles = _styles(data["arm"])
@@ -315,16 +327,20 @@ def profile(
     for ax, (words, facet, part) in zip(axes, panels, strict=True):
         drawn |= _profile_panel(ax, part, quantity, styles)
         ax.set_title(", ".join(filter(None, [facet, "" if constant else words])))
-    what = "layer" if family == tables.WEIGHT else "normalisation layer"
-    figure.supxlabel(f"{what}, counted from the input", fontsize=9)
-    label = LABELS.get(quantity, quantity).replace(" (", "\n(")
+    figure.supxlabel(f"{_one(family)}, counted from the input", fontsize=9)
+    words = label(quantity).replace(" (", "\n(")
     if family == tables.NORM:
-        label = label.replace("weight gradient", "parameters' gradient")
-    figure.supylabel(label, fontsize=9)
+        words = words.replace("weight gradient", "parameters' gradient")
+    figure.supylabel(words, fontsize=9)
     arms = [_line_handle(arm, styles[arm]) for arm in tables.ordered(data["arm"]) if arm]
     heading = ": ".join(filter(None, [panels[0][0] if constant else "", title]))
     _legend(figure, [*arms, *_edge_handles(drawn)], heading)
     return figure
+
+
+def _one(family: str) -> str:
+    """What is counted on the axis of a family's layers."""
+    return {tables.NORM: "normalisation layer", tables.BLOCK: "block"}.get(family, "layer")
 
 
 def _profile_panel(
@@ -337,7 +353,7 @@ def _profile_panel(
         style = styles[str(arm)]
         _log_line(ax, x, y, style, names.index(str(arm)) / len(names))
         drawn |= _edge_marks(ax, x, y, style[0])
-    if "stage" in part:
+    if "stage" in part and part["depth"].nunique() < 2:
         layers = part.drop_duplicates("ordinal").sort_values("ordinal")
         stages = layers["stage"].to_numpy(dtype=float, na_value=np.nan)
         for place in layers["ordinal"].to_numpy()[1:][np.diff(stages) > 0]:
@@ -357,7 +373,7 @@ def heatmap(frame: pd.DataFrame, quantity: str = "weight_grad_norm", *, title: s
     data = _completed(frame)
     data = data[data["family"] == tables.WEIGHT]
     arms = tables.ordered(data["arm"])
-    depths = _by_depth(data)
+    depths = _by(data)
     figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * len(depths)))
     figure.set_layout_engine("constrained")
     axes = figure.subplots(len(depths), len(arms), squeeze=False, sharex=True)
@@ -372,26 +388,34 @@ def heatmap(frame: pd.DataFrame, quantity: str = "weight_grad_norm", *, title: s
             ax.set_facecolor(_MISSING)
             if len(part):
                 found |= _heat_panel(ax, part, quantity, norm)
-        bar = figure.colorbar(
-            ScalarMappable(norm, "viridis"), ax=line, aspect=15, fraction=0.05, pad=0.02
-        )
-        bar.ax.yaxis.set_major_locator(LogLocator(numticks=6))
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(_power))
-        bar.ax.yaxis.set_minor_locator(NullLocator())
-    figure.supxlabel("step (linear to 10, then logarithmic)", fontsize=9)
+        _color_bar(figure, norm, line)
+    figure.supxlabel(_HEAT_STEPS, fontsize=9)
     figure.supylabel("layer, counted from the input", fontsize=9)
+    heading = ": ".join(filter(None, [label(quantity), title]))
+    _legend(figure, _heat_handles(found), heading)
+    return figure
+
+
+_HEAT_STEPS = "step (linear to 10, then logarithmic)"
+
+
+def _color_bar(figure: FigureBase, norm: Normalize, axes: Iterable[Axes]) -> None:
+    mapped = ScalarMappable(norm, "viridis")
+    bar = figure.colorbar(mapped, ax=list(axes), aspect=15, fraction=0.05, pad=0.02)
+    if isinstance(norm, LogNorm):
+        _log_ticks(bar.ax.yaxis, *bar.ax.get_ylim())
+
+
+def _heat_handles(found: set[str]) -> list[Patch]:
     colors = {"zero": (_ZERO, "exactly zero"), "non-finite": (_NON_FINITE, "NaN or Inf")}
-    handles = [
+    return [
         Patch(facecolor=color, edgecolor="0.3", label=label)
         for name, (color, label) in colors.items()
         if name in found
     ]
-    label = LABELS.get(quantity, quantity)
-    _legend(figure, handles, ": ".join(filter(None, [label, title])))
-    return figure
 
 
-def _heat_panel(ax: Axes, part: pd.DataFrame, quantity: str, norm: LogNorm) -> set[str]:
+def _heat_panel(ax: Axes, part: pd.DataFrame, quantity: str, norm: Normalize) -> set[str]:
     matrix = part.pivot_table(
         index="ordinal", columns="step", values=quantity, aggfunc="first", dropna=False, sort=True
     )
@@ -400,8 +424,9 @@ def _heat_panel(ax: Axes, part: pd.DataFrame, quantity: str, norm: LogNorm) -> s
     x = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
     y = np.concatenate([layers - 0.5, [layers[-1] + 0.5]])
     ax.set_xscale("symlog", linthresh=10, linscale=0.7)
+    log = isinstance(norm, LogNorm)
     ax.pcolormesh(
-        x, y, np.ma.masked_invalid(_drawable(values)), norm=norm, cmap="viridis", rasterized=True
+        x, y, np.ma.masked_invalid(_shown(values, log)), norm=norm, cmap="viridis", rasterized=True
     )
     # A cell that the run lacks is NaN in the matrix, as a measured NaN is: tell them apart.
     there = part.assign(there=1.0).pivot_table(
@@ -409,7 +434,8 @@ def _heat_panel(ax: Axes, part: pd.DataFrame, quantity: str, norm: LogNorm) -> s
     )
     bad = ~np.isfinite(values) & there.reindex_like(matrix).notna().to_numpy()
     drawn = set()
-    for name, which, color in (("zero", values == 0, _ZERO), ("non-finite", bad, _NON_FINITE)):
+    zero = (values == 0) & log
+    for name, which, color in (("zero", zero, _ZERO), ("non-finite", bad, _NON_FINITE)):
         if which.any():
             drawn.add(name)
             cells = np.ma.masked_array(np.ones_like(values), ~which)
@@ -420,6 +446,119 @@ def _heat_panel(ax: Axes, part: pd.DataFrame, quantity: str, norm: LogNorm) -> s
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     return drawn
+
+
+# --- two runs -------------------------------------------------------------------------------------
+
+_TWIN = ("#000000", (0, (1, 1.2)), "D")
+"""How B is drawn where A has the colour of its arm."""
+
+
+@themed
+def comparison(
+    a: pd.DataFrame,
+    b: pd.DataFrame,
+    quantity: str = "weight_grad_norm",
+    *,
+    step: int = 0,
+    relative: bool = False,
+    names: tuple[str, str] = ("A", "B"),
+    title: str = "",
+) -> Figure:
+    """Two runs side by side: their heatmaps on one colour scale, and at one step their profiles
+    and B over A at equal relative depth (`tables.compare_layers`).
+
+    Axes and colours are logarithmic; linear, and B − A, where the quantity has negative values.
+
+    Args:
+        a, b: one run's layers of one family, as `views.layered` gives them, with its `arm`.
+        step: of each run the nearest recorded one is shown; a triangle marks it in the heatmaps.
+        relative: profiles against relative depth, 0 the first and 1 the last layer, instead of
+            layers counted.
+
+    Raises:
+        GradflowError: either has no value of the quantity.
+    """
+    titles = [textwrap.fill(name, 48) for name in names]
+    both = [tables.measured(frame, quantity) for frame in (a, b)]
+    if not all(map(len, both)):
+        raise GradflowError(f"{quantity}: nothing recorded to draw")
+    values = np.concatenate([frame[quantity].to_numpy() for frame in both])
+    log = not (values < 0).any()
+    at = [tables.nearest(frame["step"], step) for frame in both]
+    styles = [style(str(frame["arm"].iloc[0])) for frame in both]
+    if styles[0] == styles[1]:
+        styles[1] = _TWIN
+    mapped = any(frame["step"].nunique() > 1 for frame in both)
+    figure = Figure(figsize=(WIDTH, 5.3 if mapped else 3.1))
+    figure.set_layout_engine("constrained")
+    marks: list[Any] = []
+    lower: FigureBase = figure
+    if mapped:
+        upper, lower = figure.subfigures(2, 1, squeeze=False)[:, 0]
+        marks = _heat_handles(_heat_pair(upper, both, quantity, values, log, at, titles))
+    left, right = lower.subplots(1, 2)
+    profiles = [tables.at_step(f, quantity, s) for f, s in zip((a, b), at, strict=True)]
+    against = tables.compare_layers(*profiles, log=log)
+    right.axhline(1 if log else 0, color="0.4", linewidth=0.8, zorder=1.6)
+    if log:
+        _log_limits([left], np.concatenate([found.compressed() for found in profiles]))
+        _log_limits([right], [1, *against.compressed()])
+    drawn = _layer_line(right, against, ("0.1", "-", "."), log=log, relative=relative)
+    for index, (found, look) in enumerate(zip(profiles, styles, strict=True)):
+        drawn |= _layer_line(left, found, look, index / 2, log=log, relative=relative)
+    what = _one(str(a["family"].iloc[0]))
+    whose = " of A" if len(profiles[0]) != len(profiles[1]) else ""
+    for ax, owner in ((left, ""), (right, whose)):
+        counted = f"{what}{owner}, counted from the input"
+        words = "relative depth, input (0) to output (1)" if relative else counted
+        ax.set_xlabel(words, fontsize=9)
+    left.set_title(f"profiles, {' and '.join(dict.fromkeys(tables.when([s]) for s in at))}")
+    right.set_title(f"{'B / A' if log else 'B − A'} at equal relative depth")
+    lines = [_line_handle(*pair) for pair in zip(titles, styles, strict=True)]
+    heading = ": ".join(filter(None, [label(quantity), title]))
+    _legend(figure, [*lines, *marks, *_edge_handles(drawn)], heading, columns=3)
+    return figure
+
+
+def _heat_pair(
+    figure: FigureBase, both: Sequence[pd.DataFrame], quantity: str, values: NDArray[np.float64],
+    log: bool, at: Sequence[int], titles: Sequence[str],
+) -> set[str]:  # fmt: skip
+    low, high = _range(values) if log else _reach(values)
+    norm = (LogNorm if log else Normalize)(low, high if high > low else low + abs(low or 1))
+    axes = figure.subplots(1, 2, sharex=True)
+    found: set[str] = set()
+    for ax, frame, step, title in zip(axes, both, at, titles, strict=True):
+        ax.set_title(title, pad=9)
+        ax.grid(visible=False)
+        ax.set_facecolor(_MISSING)
+        found |= _heat_panel(ax, frame, quantity, norm)
+        ax.plot(step, 1.03, "v", color="0.2", markersize=4, clip_on=False,
+                transform=ax.get_xaxis_transform())  # fmt: skip
+    _color_bar(figure, norm, axes)
+    figure.supxlabel(_HEAT_STEPS, fontsize=9)
+    axes[0].set_ylabel(f"{_one(str(both[0]['family'].iloc[0]))}, from the input", fontsize=9)
+    return found
+
+
+def _reach(values: NDArray[np.float64]) -> tuple[float, float]:
+    known = values[np.isfinite(values)]
+    return (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+
+
+def _layer_line(
+    ax: Axes, found: np.ma.MaskedArray, style: tuple[str, Any, str], offset: float = 0,
+    *, log: bool, relative: bool,
+) -> set[str]:  # fmt: skip
+    count = len(found)
+    x = tables.relative_depth(count) if relative else np.arange(1.0, count + 1)
+    _log_line(ax, x, found.filled(np.nan), style, offset, log=log)
+    there = ~np.ma.getmaskarray(found)
+    if not relative:
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    ax.grid(axis="x", visible=False)
+    return _edge_marks(ax, x[there], found.compressed(), style[0], zeros=log)
 
 
 # --- against depth --------------------------------------------------------------------------------
@@ -538,7 +677,7 @@ def curves(frame: pd.DataFrame, *, title: str = "") -> Figure:
     data = _completed(frame)
     seen = set(zip(data["measure"], data["split"], strict=True))
     rows = {key: label for key, label in _CURVES.items() if key in seen}
-    figure, lines = _matrix(list(rows.values()), _by_depth(data))
+    figure, lines = _matrix(list(rows.values()), _by(data))
     styles, drawn = _styles(data["arm"]), set()
     for line, (measure, split) in zip(lines, rows, strict=True):
         for ax, here in line:
@@ -602,7 +741,7 @@ def blocks(frame: pd.DataFrame, *, title: str = "") -> Figure:
     data = data.assign(ordinal=data.groupby(["run_id", "step"]).cumcount() + 1)
     rows = {n: [c for c in pair if c in data] for n, pair in _BLOCK_ROWS.items()}
     rows = {name: columns for name, columns in rows.items() if columns}
-    figure, lines = _matrix(list(rows), _by_depth(data))
+    figure, lines = _matrix(list(rows), _by(data))
     drawn: set[str] = set()
     for line, columns in zip(lines, rows.values(), strict=True):
         values = [data[c].to_numpy(dtype=float, na_value=np.nan) for c in columns]

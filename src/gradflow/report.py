@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,16 +80,17 @@ def gather(runs: Runs) -> Material:
     Raises:
         GradflowError: there is no run at all.
     """
-    members, problems = _distinct(runs)
+    members, problems = distinct(runs)
     probes = list(filter(_is_probe, runs))
     if not members:
         if not probes:
             raise GradflowError("; ".join(["no runs that can be read", *problems]))
         return Material([], pd.DataFrame(), pd.DataFrame(), problems=problems, probes=probes)
-    distinct = Runs(members)
-    overview = tables.overview(distinct)
-    found = Material(members, overview, tables.pairs(distinct, overview), probes=probes)
-    frames, found.views, damaged = _read(members, overview, _extra_layers(members, found.pairs))
+    shown = Runs(members)
+    overview = tables.overview(shown)
+    found = Material(members, overview, tables.pairs(shown, overview), probes=probes)
+    extras = tables.extra_layers(shown, found.pairs)
+    frames, found.views, damaged = _read(members, overview, extras)
     for name, frame in frames.items():
         setattr(found, name, frame)
     told = overview["run_id"].map(captions.diagnosed(found.diagnoses))
@@ -135,23 +137,6 @@ def _read(
     return frames, packed, [line for _, line in sorted(damaged)]
 
 
-def _extra_layers(members: Sequence[Run], pairs: pd.DataFrame) -> dict[str, set[str]]:
-    """Run's name -> layers that it has, and its partner lacks, or the other way round."""
-    layers = {
-        run.path.name: {
-            parameter.rpartition(".")[0]
-            for parameter in run.record.get("certificate", {}).get("parameters", {})
-        }
-        for run in members
-    }
-    found: dict[str, set[str]] = {}
-    for names in zip(pairs["plain_run"], pairs["run"], strict=True):
-        one, two = (layers[name] for name in names)
-        for name in names if one & two else ():
-            found.setdefault(name, set()).update(one ^ two)
-    return found
-
-
 def _is_probe(run: Run) -> bool:
     """Whether a run is a probe of a network at initialisation: a number for a finding, no more."""
     if run.record.get("origin") != "gradflow" or run.spec.get("max_steps") != 0:
@@ -159,7 +144,7 @@ def _is_probe(run: Run) -> bool:
     return (run.spec.get("probe") or {}).get("name") is not None
 
 
-def _distinct(runs: Runs) -> tuple[list[Run], list[str]]:
+def distinct(runs: Runs) -> tuple[list[Run], list[str]]:
     """The runs that are compared and shown, each once, and what is passed over."""
     seen: dict[str, Run] = {}
     problems = list(runs.problems)
@@ -276,10 +261,10 @@ last, one run each."""
 
 def comparison(runs: Runs) -> str:
     """The comparison as a text: training accuracy with and without skips, by depth."""
-    members, _ = _distinct(runs)
-    distinct = Runs(members)
-    overview = tables.overview(distinct)
-    pairs = tables.pairs(distinct, overview) if members else overview
+    members, _ = distinct(runs)
+    compared = Runs(members)
+    overview = tables.overview(compared)
+    pairs = tables.pairs(compared, overview) if members else overview
     return _comparison_text(overview, pairs)
 
 
@@ -470,8 +455,9 @@ def _index(found: Material) -> dict[str, Any]:
     rows = _sorted(found.overview).to_dict("records")
     runs = [
         {
-            "id": row["run_id"], "name": row["run"], "group": int(row["group"]),
-            "arm": row["arm"], "depth": None if pd.isna(row["depth"]) else int(row["depth"]),
+            "id": row["run_id"], "name": row["run"], "path": shlex.quote(row["path"]),
+            "group": int(row["group"]), "arm": row["arm"],
+            "depth": None if pd.isna(row["depth"]) else int(row["depth"]),
             "seed": None if pd.isna(row["seed"]) else str(row["seed"]),
             "status": row["status"], "outcome": row["outcome"], "diagnosis": row["diagnosis"],
             "train_error": number(row["train_error"]), "test_error": number(row["test_error"]),
@@ -771,7 +757,7 @@ def text_report(runs: Runs) -> str:
     Raises:
         GradflowError: no run that can be read.
     """
-    members, problems = _distinct(runs)
+    members, problems = distinct(runs)
     probes = _probe_words(list(filter(_is_probe, runs)), "python -m analysis makes their atlas")
     if len(members) > TOLD_RUNS:
         rest = f"{len(members):,} runs: python -m analysis tells what the gradient did in each"

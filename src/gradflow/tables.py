@@ -32,6 +32,8 @@ ARMS = (PLAIN, "residual", "forward only", "backward only")
 SPLITS = ("train", "test")
 WEIGHT, NORM, ASIDE = "weights", "norm", "aside"
 """The families of layers that profiles keep apart; see `profile`."""
+BLOCK = "block"
+"""What stands for a family in the table of blocks."""
 
 # --- arms and groups ------------------------------------------------------------------------------
 
@@ -264,6 +266,31 @@ def match(first: Run, second: Run) -> str:
 def extras(first: Run, second: Run) -> list[str]:
     """Names of the parameters that only one run of a pair has."""
     return [name for names in _own(first, second) for name in names]
+
+
+def lone_layers(first: Run, second: Run) -> set[str]:
+    """Layers that only one run of a pair has, by the parameters of their certificates; none where
+    the two have no layer in common."""
+    one, two = (
+        {name.rpartition(".")[0] for name in certificate.get("parameters", {})}
+        for certificate in (run.record.get("certificate") or {} for run in (first, second))
+    )
+    return one ^ two if one & two else set()
+
+
+def extra_layers(runs: Runs, frame: pd.DataFrame) -> dict[str, set[str]]:
+    """Run's name -> layers that it has, and its partner lacks, or the other way round.
+
+    Args:
+        frame: the `pairs` of the runs.
+    """
+    known = {run.path.name: run for run in runs}
+    found: dict[str, set[str]] = {}
+    for names in zip(frame["plain_run"], frame["run"], strict=True):
+        lone = lone_layers(*(known[name] for name in names))
+        for name in names:
+            found.setdefault(name, set()).update(lone)
+    return found
 
 
 def _own(first: Run, second: Run) -> tuple[list[str], list[str]]:
@@ -515,8 +542,13 @@ def moments(steps: ArrayLike) -> list[int]:
     known = np.unique(np.asarray(steps, dtype=int))
     if not known.size:
         return []
-    middle = known[np.abs(known - math.sqrt(known[-1])).argmin()]
-    return sorted({int(known[0]), int(middle), int(known[-1])})
+    return sorted({int(known[0]), nearest(known, math.sqrt(known[-1])), int(known[-1])})
+
+
+def nearest(steps: ArrayLike, wanted: float) -> int:
+    """The step that is nearest to the one wanted, the earlier of two."""
+    known = np.unique(np.asarray(steps, dtype=int))
+    return int(known[np.abs(known - wanted).argmin()])
 
 
 _ON_SKIP = re.compile(r"(^|\.)(downsample|shortcut)(\.|$)")
@@ -564,6 +596,54 @@ def _families(data: pd.DataFrame) -> NDArray[Any]:
     plain = data["kind"].isin(("conv", "linear", "embedding"))
     usual = plain.groupby(data["run_id"]).transform("any")
     return np.where(plain | (~usual & (data["kind"] != "norm")), WEIGHT, NORM)
+
+
+def at_step(frame: pd.DataFrame, quantity: str, step: int) -> np.ma.MaskedArray:
+    """One run's quantity by layer, from the input on; masked where it was not measured.
+
+    Args:
+        frame: step, ordinal and the quantity, over all steps: the greatest ordinal is the number of
+            layers.
+    """
+    count = int(frame["ordinal"].max())
+    rows = measured(frame[frame["step"] == step], quantity)
+    values = np.ma.masked_all(count, dtype=np.float64)
+    values[rows["ordinal"].to_numpy(dtype=int) - 1] = rows[quantity].to_numpy()
+    return values
+
+
+def relative_depth(count: int) -> NDArray[np.float64]:
+    """Where each of so many layers lies: 0 the first, 1 the last, evenly spaced in between."""
+    return np.linspace(0, 1, count)
+
+
+def compare_layers(a: ArrayLike, b: ArrayLike, *, log: bool = True) -> np.ma.MaskedArray:
+    """B over A at the relative depth of each of A's layers, or B − A where not `log`.
+
+    Layer i of n, from the input on, lies at (i − 1)/(n − 1), so that networks of equal depth are
+    compared layer by layer. Between two of B's layers their logarithms (not `log`: their values)
+    are interpolated linearly.
+
+    Args:
+        a, b: a value of each layer, such as a norm; masked where it was not measured.
+
+    Returns:
+        As many values as A has. A ratio is 0 where B alone is exactly zero, Inf where A alone is.
+        NaN where both are, or where a value is NaN or Inf; masked where one was not measured.
+    """
+    own, other = (np.ma.asarray(values, dtype=np.float64) for values in (a, b))
+    place = relative_depth(own.size) * (other.size - 1)
+    low, high = np.floor(place + 1e-9).astype(int), np.ceil(place - 1e-9).astype(int)
+    share = np.where(low == high, 0.0, place - low)
+    mine, theirs = (np.where(np.isfinite(v.data), v.data, np.nan) for v in (own, other))
+    one, two = theirs[low], theirs[high]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if log:
+            found = one ** (1 - share) * two**share / mine
+        else:
+            found = one * (1 - share) + two * share - mine
+    masks = np.ma.getmaskarray(own), np.ma.getmaskarray(other)
+    return np.ma.masked_array(found, masks[0] | masks[1][low] | masks[1][high])
 
 
 def spread(steps: ArrayLike, count: int = 60) -> NDArray[np.int64]:

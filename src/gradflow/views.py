@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from gradflow import tables
+from gradflow import schema, tables
+from gradflow.errors import GradflowError
 from gradflow.store import Run
 
 PAGE_BYTES = 8_500_000
@@ -38,7 +39,6 @@ _TABLES = ("weights", "outputs", "blocks")
 _VALUE_BYTES = 2.0  # of three, deflated: exponents of neighbours are alike
 _FEWEST, _MOST = 6, 500  # steps
 _POINTS = 200  # of a curve
-_BLOCK = "block"
 
 
 def share(runs: int) -> int:
@@ -105,7 +105,7 @@ def _layers(run: Run, name: str, extras: set[str]) -> pd.DataFrame:
     present = pa.table({"layer": pc.unique(data["layer"]).cast(pa.string())})
     known = run.located(name, present).to_pandas()
     if name == "blocks":
-        known = known.sort_values("position").assign(family=_BLOCK)
+        known = known.sort_values("position").assign(family=tables.BLOCK)
         return known.assign(ordinal=range(1, len(known) + 1))
     rows = tables.profile(known.assign(step=0, there=1.0), "there", extras=extras)
     return rows.sort_values(["family", "ordinal"], ignore_index=True)
@@ -131,6 +131,37 @@ def _matrix(
     metadata = data.schema.field(quantity).metadata or {}
     note = {key.decode(): text.decode() for key, text in metadata.items()}
     return [int(step) for step in steps], matrix, {k: note.get(k, "") for k in ("meaning", "unit")}
+
+
+def layered(run: Run, quantity: str, *, step: int = 0, extras: Iterable[str] = ()) -> pd.DataFrame:
+    """The same layers' values for a static figure: as recorded, and more of the early steps.
+
+    Args:
+        step: the recorded step that is nearest to it is among those of `tables.spread`.
+        extras: as for `pack`.
+
+    Returns:
+        step, layer, family, ordinal and the quantity, null where it was not measured.
+
+    Raises:
+        GradflowError: the quantity was not recorded; StoreError as for `pack`.
+    """
+    recorded = {name: _quantities(run.table(name)) for name in _TABLES}
+    name = next((name for name, found in recorded.items() if quantity in found), None)
+    if name is None:
+        there = ", ".join(found for names in recorded.values() for found in names)
+        raise GradflowError(
+            f"{run.path.name}: {quantity} was not recorded (recorded: {there or 'nothing'})"
+        )
+    data = run.table(name)
+    assert data is not None
+    data = data.select(["step", "layer", quantity])
+    known = pc.unique(data.filter(pc.is_valid(data[quantity]))["step"]).to_numpy()
+    steps = np.union1d(tables.spread(known), tables.nearest(known, step))
+    data = data.filter(pc.is_in(data["step"], value_set=pa.array(steps, data["step"].type)))
+    rows = schema.to_pandas(data).astype({"step": int, "layer": str})
+    layers = _layers(run, name, set(extras))[["layer", "family", "ordinal"]]
+    return rows.merge(layers.astype({"layer": str}), on="layer")
 
 
 def spread(steps: ArrayLike, count: int) -> NDArray[np.int64]:

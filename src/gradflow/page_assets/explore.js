@@ -267,15 +267,21 @@
   const xWord = (value) => (state.axis === "relative"
     ? String(Number(value.toFixed(3))) : Number.isInteger(value) ? String(value) : "");
 
+  const ink = () => getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
+
+  // An arm's own; B in ink where A has the same arm.
+  function lineStyle(side) {
+    const [own, other] = [sides[side].run, sides.a.run].map((run) => run?.arm);
+    const twin = side === "b" && own === other;
+    return { ...gradflow.armStyle(own), ...(twin ? { color: ink(), dash: [2, 3] } : {}) };
+  }
+
   function both() {
     return ["a", "b"].filter((side) => shows(sides[side])).map((side) => {
       const { run, view } = sides[side];
       const found = profile(view);
-      const style = gradflow.armStyle(run.arm);
-      const twin = side === "b" && sides.a.run.arm === run.arm;
       const step = view.steps(...key())[at(view)];
-      return { ...found, run, view, step, color: twin ? gradflow.armStyle("").color : style.color,
-        dash: style.dash, label: `${side.toUpperCase()}: ${shortName(run)}${
+      return { ...found, run, view, step, ...lineStyle(side), label: `${side.toUpperCase()}: ${shortName(run)}${
           step === steps[state.step] ? "" : ` (step ${step.toLocaleString("en")})`}` };
     });
   }
@@ -302,7 +308,8 @@
   function drawDifference([a, b]) {
     const place = $("difference");
     $("difference-title").textContent = "";
-    if (!a || !b || a.run === b.run) {
+    $("static").hidden = !a || !b || a.run === b.run;
+    if ($("static").hidden) {
       gradflow.clear(place);
       return;
     }
@@ -310,10 +317,19 @@
     const words = shown.log ? "B / A" : "B − A";
     $("difference-title").textContent = `${words} at equal relative depth: ${
       shortName(b.run)} against ${shortName(a.run)}`;
-    gradflow.lines(place, { series: [{ label: words, x: a.x, y, color:
-      getComputedStyle(document.documentElement).getPropertyValue("--ink").trim() }],
+    gradflow.lines(place, { series: [{ label: words, x: a.x, y, color: ink() }],
     xLabel: xLabel(), yLabel: "", log: shown.log, xWord, height: 190, sync: "layers", zero: true });
     describe(place, `${words} over the layers, at step ${steps[state.step]}.`);
+    $("static-command").textContent = command(a.run, b.run);
+  }
+
+  // What draws this pair for a paper, without the options that are at their default.
+  function command(a, b) {
+    const options = [["step", steps[state.step], 0], ["quantity", key()[1], "weight_grad_norm"],
+      ["family", state.family, key()[0] === "blocks" ? "block" : "weights"],
+      ["axis", state.axis === "index" ? "layers" : state.axis, "layers"]];
+    return ["python -m analysis.compare", a.path, b.path, ...options
+      .filter(([, value, usual]) => value !== usual).map(([name, value]) => `--${name} ${value}`)].join(" ");
   }
 
   function compare(a, b) {
@@ -333,11 +349,8 @@
     const lines = ["a", "b"].map((side) => {
       const { run, view } = sides[side];
       const curve = view?.curve("loss");
-      const style = run && gradflow.armStyle(run.arm);
-      const twin = side === "b" && sides.a.run?.arm === run?.arm;
       return curve && curve.steps.length > 1 && { x: curve.steps, y: curve.values,
-        color: twin ? gradflow.armStyle("").color : style.color,
-        dash: style.dash, label: `${side.toUpperCase()}: ${shortName(run)}` };
+        ...lineStyle(side), label: `${side.toUpperCase()}: ${shortName(run)}` };
     }).filter(Boolean);
     $("loss-box").hidden = !lines.length;
     if (!lines.length) return;
