@@ -12,7 +12,7 @@ help:
 	@echo "make demo              train plain and residual networks, record, report (under 10 minutes)"
 	@echo "make test              the tests (under 5 minutes); test-slow: the demo's numbers, checked"
 	@echo "make test-cluster      sweeps on a Slurm cluster of two nodes that it starts here (as root)"
-	@echo "make test-vision       image sets through torchvision, in an environment of their own (.venv-vision)"
+	@echo "make test-vision       image sets and models of torchvision and timm, in an environment of their own (.venv-vision)"
 	@echo "make test-wheel        the built wheel in an empty environment (two minutes; 1.7 GB, removed afterwards)"
 	@echo "make test-findings     every published finding at few seeds, against its recorded verdict (10 minutes)"
 	@echo "make test-browser      the report's page in Chromium (Debian: apt-get install chromium)"
@@ -73,11 +73,12 @@ $(READY): pyproject.toml constraints.txt | python
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tensorboard,wandb,slurm,dev]'
 	@touch $@
 
-# torchvision goes with the torch of its own release: an environment beside the other.
+# torchvision goes with the torch of its own release: an environment beside the other. timm is there
+# for the tests of other people's models.
 $(VISION_READY): pyproject.toml constraints.txt | python
 	@echo "Setting up .venv-vision (about 6 GB; two to four minutes) …"
 	@$(PYTHON) -m venv .venv-vision
 	@grep -v '^torch==' constraints.txt >.venv-vision/constraints.txt
 	@$(VISION) -m pip install --quiet --disable-pip-version-check \
-		-c .venv-vision/constraints.txt -e '.[vision,dev]' torch==2.14.1 torchvision==0.29.1
+		-c .venv-vision/constraints.txt -e '.[vision,dev]' torch==2.14.1 torchvision==0.29.1 timm
 	@touch $@

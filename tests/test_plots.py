@@ -594,3 +594,33 @@ def test_twelve_rows_are_legible():
             assert min(box.x1, other.x1) - max(box.x0, other.x0) < 2 or (
                 min(box.y1, other.y1) - max(box.y0, other.y0) < 2
             )
+
+
+def test_networks_are_drawn_over_their_last_layer():
+    frame = pd.DataFrame(
+        {
+            "network": ["LeNet-5"] * 2 + ["plain-152"] * 3,
+            "arm": [""] * 2 + ["plain"] * 3,
+            "place": [0.0, 1.0, 0.0, 0.5, 1.0],
+            "weight_grad_norm": [0.006, 2.0, 8e9, 0.0, 1.0],
+            "output_grad_norm": [0.5, 0.5, np.nan, 3.0, 2.0],
+        }
+    )
+    figure = plots.across(frame)
+    left, right = figure.axes
+    plain = plots.style("plain")[0]
+    np.testing.assert_allclose(lines(left)[0].get_ydata(), [0.003, 1])
+    for ax, mark in ((left, "v"), (right, "x")):
+        assert mark in {line.get_marker() for line in ax.lines if line.get_color() == plain}
+    assert [text.get_text() for text in left.texts] == ["×3·10⁻³", "×8·10⁹"]
+    assert [text.get_text() for text in right.texts] == ["×1"]
+    assert texts(figure) == ["LeNet-5", "plain-152", "exactly zero", "NaN or Inf"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(186.6, "×190"), (741.0, "×740"), (0.0917, "×0.092"), (6.08e-4, "×6·10⁻⁴"),
+     (9.96e9, "×1·10¹⁰"), (1.0, "×1"), (9999.0, "×1·10⁴"), (3000.0, "×3000")],
+)  # fmt: skip
+def test_a_first_value_has_one_or_two_digits(value, said):
+    assert plots._times(value) == said

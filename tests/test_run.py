@@ -228,7 +228,7 @@ def test_a_run_that_raises_is_failed_and_says_why(run, tmp_path, monkeypatch):
         "    calls = 0\n"
         "    def forward(self, x):\n"
         "        self.calls += 1\n"
-        "        if self.calls == 4:  # the first is the trying out\n"
+        "        if self.calls == 5:  # the first two are the trying out\n"
         "            raise ValueError('enough')\n"
         "        return super().forward(x)\n"
         "def make():\n"

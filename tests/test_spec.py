@@ -99,7 +99,9 @@ def test_every_key_that_is_used_changes_the_id():
         {"data": {"name": "imagefolder", "root": "a", "resize": 230}},
         {"accumulate": 2}, {"optimizer": "adam"}, {"lr": 0.1}, {"momentum": 0.8},
         {"weight_decay": 0}, {"schedule": "cosine"}, {"schedule": "step", "milestones": [10]},
-        {"schedule": "cosine", "warmup": 5}, {"clip": 1.0}, {"precision": "bf16"}, {"epochs": 3},
+        {"schedule": "cosine", "warmup": 5}, {"schedule": "cosine", "warmup": 5, "warmup_lr": 0.01},
+        {"network": "imagenet", "weights_digest": "0" * 16},
+        {"clip": 1.0}, {"precision": "bf16"}, {"epochs": 3},
         {"max_steps": 0}, {"on_divergence": "continue"}, {"seed": 1}, {"record": "all"},
         {"record": "none"}, {"record": {"every": {"weights": 2}}}, {"network": "imagenet"},
         {"record": {"details": ["grad_max"]}}, {"record": {"flight": 8}},
@@ -265,6 +267,8 @@ def test_bad_values_name_key_value_and_what_is_allowed():
     bad(r"milestones=\[5, 3\]", schedule="step", milestones=[5, 3])
     bad(r"schedule=step: name the steps", schedule="step")
     bad(r"warmup=3: schedule=one_cycle", warmup=3)
+    bad(r"warmup_lr=0.1: name its steps", warmup_lr=0.1)
+    bad(r"weights=/no/such: No such file", network="imagenet", weights="/no/such")
     bad(r"groups=7: does not divide width=16", norm="group", groups=7)
     bad(r"skip=dosed: set both", skip="dosed", skip_forward=1)
     bad(r"skip_forward, skip_backward: skip=rezero has no doses", skip="rezero", skip_forward=1)

@@ -228,9 +228,11 @@ def _ending(run: Run) -> str:
     if seconds is not None:
         line += f" in {seconds:.0f} s" if seconds >= 10 else f" in {seconds:.1f} s"
     for split, words in (("train", "training"), ("test", "test")):
-        accuracy = values.get(f"{split}_accuracy")
+        accuracy, top5 = (values.get(f"{split}_{name}") for name in ("accuracy", "top5"))
         if accuracy is not None:
             line += f"; {words} accuracy {accuracy:.3f}"
+        if top5 is not None:
+            line += f" (top-5 {top5:.3f})"
     return line
 
 
@@ -242,7 +244,8 @@ _CONDITIONS = {
     "data": "data {}", "batch_size": "batch {}", "accumulate": "{} batches an update",
     "optimizer": "{}", "momentum": "momentum {}", "weight_decay": "weight decay {}",
     "lr": "learning rate {}", "schedule": "{} schedule", "milestones": "milestones {}",
-    "warmup": "{} steps of warm-up", "clip": "clipped at {}", "precision": "{}",
+    "warmup": "{} steps of warm-up", "warmup_lr": "at {}", "weights_digest": "weights {}",
+    "clip": "clipped at {}", "precision": "{}",
     "epochs": "{} epochs", "steps": "{} updates", "seed": "seeds {}",
 }  # fmt: skip
 _SHORT = ("network", "data", "batch_size", "lr", "schedule", "steps", "seed")

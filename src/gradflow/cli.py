@@ -24,6 +24,7 @@ from gradflow.interrupt import Interrupt
 from gradflow.spec import Execution, RunSpec
 
 INTERRUPTED = 130
+_GROUPS = ("network", "data", "record", "recipe")
 _REFUSED = {
     "hydra/launcher": "gradflow launches sweeps itself; use launcher=local or launcher=slurm",
     "hydra/sweeper": "a sweep expands its overrides and no more; use -m (launcher=local, slurm)",
@@ -155,20 +156,22 @@ def _nearest(name: str, known: list[str]) -> str:
 def _check_overrides(arguments: list[str], known: list[str]) -> None:
     """Refuse unknown keys with the nearest known ones, before Hydra says it in nine lines."""
     for argument in arguments:
-        name, sign, _ = argument.partition("=")
+        name, sign, value = argument.partition("=")
         key = name.lstrip("+~")
         if key in _REFUSED:
             raise SpecError(f"{argument}: {_REFUSED[key]}")
         if name.startswith("~"):
             raise SpecError(f"{argument}: a key cannot be taken away; give it a value")
+        if not sign:
+            raise SpecError(f"{argument}: give keys as KEY=VALUE")
+        if key in _GROUPS and re.search("(^|,) *(null|~)? *(,|$)", value):
+            raise SpecError(f"{argument}: a name is needed here; `--help` lists them")
         if key == "record.every":
             raise SpecError(
                 f"{argument}: allowed is record.every.weights=N, .outputs, .blocks, .details"
             )
         if key == "slurm":
             raise SpecError(f"{argument}: allowed is slurm.partition=NAME, slurm.time=MINUTES, …")
-        if not sign:
-            raise SpecError(f"{argument}: give keys as KEY=VALUE")
         free = name.startswith("+") or key.startswith(("hydra.", "hydra/", "network.args."))
         if not free and key not in known:
             raise SpecError(f"{key}: no such key; {_nearest(key, known)}")
@@ -244,7 +247,7 @@ def _check_surroundings(specs: list[RunSpec], execution: Execution) -> None:
     from gradflow.tracking import check_logger
 
     for spec in specs:
-        spec.data.check_files()
+        spec.check_files()
         _check_target(spec)
         spec.check_device(execution.device)
         ranks.check(spec, execution)

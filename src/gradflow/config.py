@@ -42,7 +42,16 @@ def specs_from(config: DictConfig) -> tuple[RunSpec, Execution]:
 
 def known_keys() -> list[str]:
     """All keys of the command line, dotted."""
-    return _keys(RunSpec) + _keys(Execution)
+    return [*_keys(RunSpec), *_keys(Execution), "recipe"]
+
+
+def recipes() -> dict[str, str]:
+    """The recipes, values of many keys at once, by name: what the first line of each says."""
+    lines = {
+        path.stem: [line for line in path.read_text().splitlines() if not line.startswith("# @")]
+        for path in sorted((conf_directory() / "recipe").glob("*.yaml"))
+    }
+    return {name: found[0].removeprefix("# ") for name, found in lines.items()}
 
 
 def _keys(kind: type, prefix: str = "") -> list[str]:

@@ -51,7 +51,7 @@ _LATE = {"epochs": str(EPOCHS), "momentum": "0.9"}
 
 def text() -> str:
     """The whole help, grouped, at most 100 columns wide."""
-    lines = [_HEAD]
+    lines = [_HEAD, "", *_recipes()]
     for item in fields(RunSpec):
         if item.name in _TITLES:
             lines += ["", f"{_TITLES[item.name]}:"]
@@ -72,6 +72,17 @@ def text() -> str:
     return "\n".join([*lines, "", _TAIL])
 
 
+def _recipes() -> list[str]:
+    """The recipes, each with the first line of its file."""
+    from gradflow.config import recipes
+
+    lines = [
+        "Recipes (conf/recipe):",
+        _entry("recipe", "values for many keys; those named beside it win [none]"),
+    ]
+    return lines + [_entry(f"  {name}", about) for name, about in recipes().items()]
+
+
 def _part(name: str, kind: Any, owner: Any) -> list[str]:
     items = [item for item in fields(kind) if item.name not in ("name", "every")]
     chosen = kind.__dataclass_fields__["name"]
@@ -85,6 +96,10 @@ def _line(label: str, item: Any) -> str:
         words += f": {', '.join(name for name in allowed if name != 'custom')}"
     default = _default(label, item)
     words += f" [{default}]" if default else ""
+    return _entry(label, words)
+
+
+def _entry(label: str, words: str) -> str:
     return textwrap.fill(
         words, width=98, initial_indent=f"  {label:<22}", subsequent_indent=" " * 24
     )

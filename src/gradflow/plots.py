@@ -364,6 +364,67 @@ def _profile_panel(
 
 
 @themed
+def across(frame: pd.DataFrame, *, title: str = "") -> Figure:
+    """Norms of different networks' layers over those of their last one, against relative depth.
+
+    A panel for the weights' gradients and one for the outputs', log scale, a line each network, at
+    whose beginning its value stands.
+
+    Args:
+        frame: network, arm (for its colour; empty for none), place (0 the first layer, 1 the
+            last), weight_grad_norm, output_grad_norm, in the order of the layers.
+    """
+    names = dict(frame[["network", "arm"]].drop_duplicates().to_numpy())
+    others = iter(_OTHER_STYLES)
+    styles = {name: _STYLES[arm] if arm else next(others) for name, arm in names.items()}
+    figure, axes = _grid(2, columns=2, height=3.9)
+    panels = {
+        "weight_grad_norm": "gradient of each layer's weights",
+        "output_grad_norm": "gradient of each layer's output",
+    }
+    shares = {c: frame[c] / frame.groupby("network")[c].transform("last") for c in panels}
+    _log_limits(axes, np.concatenate([share.to_numpy() for share in shares.values()]))
+    drawn: set[str] = set()
+    for ax, (quantity, words) in zip(axes, panels.items(), strict=True):
+        for name, style in styles.items():
+            here = (frame["network"] == name).to_numpy()
+            x, y = frame["place"].to_numpy()[here], shares[quantity].to_numpy()[here]
+            drawn |= _across_line(ax, x, y, style)
+        ax.axhline(1, color="0.6", linewidth=0.6, zorder=0)
+        ax.set_xlim(-0.27, 1.03)  # room for each line's first value
+        ax.set_title(words)
+        ax.grid(axis="x", visible=False)
+        ax.xaxis.set_major_locator(FixedLocator([0, 1]))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "last" if x else "first"))
+    figure.supxlabel("layer", fontsize=9)
+    figure.supylabel("L2 norm, over that of the last layer", fontsize=9)
+    handles = [_line_handle(name, styles[name]) for name in names]
+    _legend(figure, [*handles, *_edge_handles(drawn)], title, columns=7)
+    return figure
+
+
+def _across_line(
+    ax: Axes, x: NDArray[np.float64], y: NDArray[np.float64], style: tuple[str, Any, str]
+) -> set[str]:
+    color, dashes, marker = style
+    ax.plot(
+        x, _drawable(y), color=color, linestyle=dashes, linewidth=1.4, marker=marker, markersize=4,
+        markevery=max(1, len(x) // 8),
+    )  # fmt: skip
+    if np.isfinite(y[0]) and y[0] > 0:
+        ax.text(-0.03, y[0], _times(y[0]), size=8, color=color, ha="right", va="center")
+    return _edge_marks(ax, x, y, color)
+
+
+def _times(value: float) -> str:
+    """`×190`, `×8·10⁹`: one or two digits."""
+    digit, exponent = f"{value:.0e}".split("e")
+    if -3 < int(exponent) < 4:
+        return f"×{float(f'{value:.1e}'):g}"
+    return f"×{digit}·{_power(10.0 ** int(exponent))}"
+
+
+@themed
 def heatmap(frame: pd.DataFrame, quantity: str = "weight_grad_norm", *, title: str = "") -> Figure:
     """A quantity over layer and step, one panel a depth and arm; zeros and NaN/Inf have colours.
 

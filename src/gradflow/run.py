@@ -33,6 +33,7 @@ from gradflow.recording.schedules import FIRST_STEPS, Schedule, every
 from gradflow.spec import OWN, Execution, RunSpec
 from gradflow.store import CHECKPOINT, Run, RunWriter, damaged, encode, find, prepare
 from gradflow.tracking import Mirror
+from gradflow.training.evaluation import evaluate
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -251,19 +252,29 @@ def follow(
 def _measure_initialisation(
     network: nn.Module, data: Data, spec: RunSpec, writer: RunWriter
 ) -> dict[str, Any]:
-    """Step 0 alone: one forward and backward pass, recorded, and no update."""
+    """Step 0 alone: one forward and backward pass, recorded, and no update.
+
+    Of a network with `weights` the test split is evaluated first: the pass, in training mode, moves
+    the running statistics.
+    """
     batches = Batches(
         data.train, batch_size=spec.batch_size, accumulate=spec.accumulate, seed=spec.seed
     )
     quantities = [name for name in _quantities(spec) if not name.startswith("update_")]
+    device = next(network.parameters()).device
+    tested = {}
+    if spec.weights is not None:
+        tested = evaluate(network, data.test, _autocast(spec, device))
     network.train()
     first_pass = _pass_of_loss if spec.probe.name is None else _pass_of_readout
     with Recorder(network, quantities, _schedules(spec), save=writer) as recorder:
+        if tested:
+            recorder.evaluate("test", step=0, **tested)
         consumed = first_pass(network, batches, spec, recorder)
     divergence = recorder.divergence
     return {
         "steps": 0,
-        "metrics": {},
+        "metrics": {f"test_{name}": value for name, value in tested.items()},
         "batches_digest": consumed,
         "recorder_seconds": recorder.seconds,
         "divergence": None if divergence is None else asdict(divergence),
@@ -331,28 +342,32 @@ def _synchronised(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _try_out(network: nn.Module, spec: RunSpec, data: Data) -> None:
-    """Pass two images through a user's network, in evaluation mode, before anything is trained.
+    """Pass two images through a user's network, in both modes, before anything is trained.
 
     Raises:
         GradflowError: it cannot take them, returns no logits, or has nothing to train.
     """
     label = f"network.target={spec.network.target}"
     images, _ = next(iter(data.train.batches(2)))
-    network.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            seed_step(spec.seed, 0, 0)  # lazy layers draw their parameters here
-            logits = network(images)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise GradflowError(
-            f"{label}: images {list(images.shape)} do not pass: {reason}"
-        ) from error
-    finally:
-        network.train()
-    found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if found != [2, data.num_classes]:
-        raise GradflowError(f"{label}: returns {found}, wants logits {[2, data.num_classes]}")
+    wanted = [2, data.num_classes]
+    for training, mode in ((False, ""), (True, " in training mode")):
+        network.train(training)
+        kept = [] if not training else [(buffer, buffer.clone()) for buffer in network.buffers()]
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                seed_step(spec.seed, 0, 0)  # lazy layers draw their parameters here
+                logits = network(images)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise GradflowError(
+                f"{label}: images {list(images.shape)} do not pass{mode}: {reason}"
+            ) from error
+        for buffer, before in kept:
+            buffer.copy_(before)
+        found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if found != wanted:
+            hint = " alone: switch other heads off, e.g. by {aux_logits:false}" if training else ""
+            raise GradflowError(f"{label}: returns {found}{mode}, wants logits {wanted}{hint}")
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise GradflowError(f"{label}: has no parameters to train")
 

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,10 +77,11 @@ _BLOCK_KEYS = {
 }
 NETWORK_KEYS: dict[str, dict[str, Any]] = {
     "cifar": {"depth": 20, "width": 16, **_BLOCK_KEYS, "padding": "zeros", "shortcut": "A"},
-    "imagenet": {"depth": 18, "width": 64, **_BLOCK_KEYS, "padding": "zeros"},
+    "imagenet": {"depth": 18, "width": 64, **_BLOCK_KEYS, "padding": "zeros",
+                 "weights": None, "weights_digest": None},
     "mlp": {"depth": 20, "width": 256, **_BLOCK_KEYS, "branch_layers": 1},
     "custom": {"depth": None, "width": None, "skip": None},
-}
+}  # fmt: skip
 NETWORKS = tuple(NETWORK_KEYS)
 
 
@@ -236,6 +238,12 @@ def _details(value: Any) -> tuple[str, ...]:
     if not known:
         raise ValueError(f"a list of {', '.join(DETAILS)}")
     return tuple(name for name in DETAILS if name in value)
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{16}", value):
+        raise ValueError("16 hexadecimal digits")
+    return value
 
 
 def _flag(value: Any) -> bool:
@@ -585,6 +593,12 @@ class RunSpec:
         _choice(SHORTCUTS),
         "cifar: where shapes change, subsample and pad, or projection",
     )
+    weights: str | None = key(
+        None, _text, "imagenet: file of parameters to start from; a run is known by its content"
+    )
+    weights_digest: str | None = key(
+        None, _digest, "imagenet: SHA-256 that the file must have, its first 16 digits [its own]"
+    )
 
     data: DataSpec = key(DataSpec, None, "what to train on")
     batch_size: int = key(64, _integer(1), "images a batch", omit=64)
@@ -601,6 +615,9 @@ class RunSpec:
         None, _milestones, "step: the steps at which the rate is divided by ten"
     )
     warmup: int = key(0, _integer(0), "steps over which the rate rises first", omit=0)
+    warmup_lr: float | None = key(
+        None, _real(0, above=True), "constant rate of the warm-up, in place of one that rises"
+    )
     clip: float | None = key(None, _real(0, above=True), "clip the total gradient norm to this")
     precision: str = key(
         "fp32", _choice(PRECISIONS, _PRECISION_ALIASES), "number format", omit="fp32"
@@ -626,6 +643,7 @@ class RunSpec:
         if network != "custom":
             self._canonical_skip()
             self._check_depth()
+            self._check_weights()
         self._check_conditional_keys()
         self._check_mirrored()
         self._check_training()
@@ -681,6 +699,15 @@ class RunSpec:
                     f"nearest are {depth - 1} and {depth + 1}"
                 )
 
+    def _check_weights(self) -> None:
+        """Know the file of parameters by its content, wherever it lies."""
+        if self.weights is None:
+            return
+        if self.skip == "none":
+            raise SpecError(f"weights={self.weights}: they are a residual network's, not skip=none")
+        if self.weights_digest is None:
+            object.__setattr__(self, "weights_digest", file_digest(self.weights))
+
     def _check_conditional_keys(self) -> None:
         defaults = {**NETWORK_KEYS[self.network.name], "momentum": 0.9, "milestones": ()}
         for name, (other, wanted) in _ONLY_WITH.items():
@@ -727,6 +754,8 @@ class RunSpec:
         self._check_probe()
         if self.warmup and self.schedule == "one_cycle":
             raise SpecError(f"warmup={self.warmup}: schedule=one_cycle has a warm-up of its own")
+        if self.warmup_lr is not None and not self.warmup:
+            raise SpecError(f"warmup_lr={self.warmup_lr:g}: name its steps, warmup=400")
 
     def _check_probe(self) -> None:
         probe = self.probe.name
@@ -742,8 +771,8 @@ class RunSpec:
     def run_id(self) -> str:
         """Ten hexadecimal digits: a hash of the recipe and of all keys not at their omit value."""
         named = {label: value for label, value, omit in _leaves(self) if value != omit}
-        for name in self.data.incidental:
-            named.pop(f"data.{name}", None)
+        for name in ("weights", *(f"data.{name}" for name in self.data.incidental)):
+            named.pop(name, None)
         text = json.dumps({"recipe": RECIPE, **named}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -756,6 +785,18 @@ class RunSpec:
         depth = "na" if self.depth is None else self.depth
         return f"{self.network.name}-{depth}-{self.skip or 'na'}-s{self.seed}-{self.run_id}"
 
+    def check_files(self) -> None:
+        """Raise SpecError, without reading them, where files of the run's are missing."""
+        self.data.check_files()
+        self.check_weights()
+
+    def check_weights(self) -> None:
+        """Raise SpecError where the run starts from a file that is not named."""
+        if self.weights_digest is not None and self.weights is None:
+            raise SpecError(
+                f"weights_digest={self.weights_digest}: name the file that has it, weights=PATH"
+            )
+
     def check_device(self, device: str) -> None:
         """Raise SpecError where that kind of device cannot compute the run."""
         if self.precision == "fp16" and device == "cpu":
@@ -765,6 +806,7 @@ class RunSpec:
         """All keys that decide the results, with defaults written out, parts as nested mappings:
         the text of spec.json."""
         values = self.to_job()
+        del values["weights"]
         for name in self.data.incidental:
             del values["data"][name]
         return values
@@ -795,6 +837,8 @@ class RunSpec:
         stale = set(_NETWORK_ONLY) if "network" in changes else set()
         if "skip" in changes:
             stale |= {"skip_forward", "skip_backward", "drop_rate"}
+        if "weights" in changes:
+            stale.add("weights_digest")
         stale |= {name for name, (other, _) in _ONLY_WITH.items() if other in changes}
         return replace(self, **{**dict.fromkeys(stale), **changes})
 
@@ -862,6 +906,25 @@ class Execution:
                 raise SpecError(f"nodes={self.nodes}: only launcher=slurm has nodes")
             if self.slurm != SlurmSpec():
                 raise SpecError("slurm: only launcher=slurm uses its keys")
+
+
+def file_digest(path: str) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256: what a run knows `weights` by.
+
+    Raises:
+        SpecError: it is not there or cannot be read.
+    """
+    try:
+        about = Path(path).stat()
+        return _file_digest(path, about.st_mtime_ns, about.st_size)
+    except OSError as error:
+        raise SpecError(f"weights={path}: {error.strerror or error}") from None
+
+
+@lru_cache
+def _file_digest(path: str, changed: int, size: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _leaves(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

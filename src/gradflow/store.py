@@ -52,7 +52,7 @@ FAILURES = ("raised", "timeout", "killed", "system")
 of the system such as a full disk."""
 LASTING = ("raised", "timeout")
 """Failures that the same run would meet again: a sweep does not try it again unless told to."""
-METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "train_top5", "test_top5")
 CHECKPOINT = "checkpoint.pt"
 """What an unfinished run goes on from; see `training.checkpoint`."""
 SWEEPS = ".sweeps"

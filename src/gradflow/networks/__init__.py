@@ -12,6 +12,7 @@ from torch import nn
 from gradflow.errors import SpecError
 from gradflow.networks.activations import TailoredReLU
 from gradflow.networks.chains import chain, conv_chain
+from gradflow.networks.classics import alexnet, lenet5, vgg16
 from gradflow.networks.freezing import freeze_all_but_last
 from gradflow.networks.initialization import initialized
 from gradflow.networks.layers import Layers, check_sizes
@@ -19,18 +20,22 @@ from gradflow.networks.mlp import MLP
 from gradflow.networks.resnet import IMAGENET_BLOCKS, ResNet, cifar_blocks
 from gradflow.networks.skips import Skip
 from gradflow.networks.transformer import transformer
+from gradflow.networks.weights import load_weights
 from gradflow.seeding import derived_seed
 from gradflow.spec import NETWORK_KEYS, RunSpec
 
 __all__ = [
     "Skip",
     "TailoredReLU",
+    "alexnet",
     "build",
     "build_network",
     "chain",
     "conv_chain",
     "freeze_all_but_last",
+    "lenet5",
     "transformer",
+    "vgg16",
 ]
 
 
@@ -71,7 +76,7 @@ def build_network(
 
 
 def build(spec: RunSpec, *, in_channels: int, num_classes: int) -> nn.Module:
-    """The network that `spec` describes, with its initial parameters, on the CPU.
+    """The network that `spec` describes, on the CPU, with its initial parameters or `spec.weights`.
 
     In float64 where `spec.precision` is fp64, else in float32.
 
@@ -83,17 +88,22 @@ def build(spec: RunSpec, *, in_channels: int, num_classes: int) -> nn.Module:
     `network.args`, torch's global generator seeded from `spec.seed` and put back afterwards.
 
     Raises:
-        SpecError: sizes below 1; a `network.target` that is no callable, fails or makes no module.
+        SpecError: sizes below 1; a `network.target` that is no callable, fails or makes no module;
+            `spec.weights` that are not this network's.
     """
     check_sizes(in_channels=in_channels, num_classes=num_classes)
     if spec.network.name == "custom":
         return _custom(spec)
-    return initialized(
+    network = initialized(
         lambda: _network(spec, in_channels, num_classes),
         spec,
         seed=spec.seed,
         dtype=torch.float64 if spec.precision == "fp64" else torch.float32,
     )
+    spec.check_weights()
+    if spec.weights is not None and spec.weights_digest is not None:
+        load_weights(network, spec.weights, spec.weights_digest)
+    return network
 
 
 def _network(spec: RunSpec, in_channels: int, num_classes: int) -> nn.Module:

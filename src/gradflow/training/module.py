@@ -108,10 +108,13 @@ def make_scheduler(
 def rate(step: int, spec: RunSpec, total: int) -> float:
     """The learning rate of constant, step and cosine schedules at a step, over `spec.lr`.
 
-    A warm-up of w steps rises linearly, (step + 1)/(w + 1); `step` divides by ten at each
-    milestone (He et al. 2015, §4.2); `cosine` falls to 0 at `total` (Loshchilov & Hutter 2017,
-    arXiv 1608.03983, eq. 5), counted from the end of the warm-up.
+    A warm-up of w steps rises linearly, (step + 1)/(w + 1), or stays at `warmup_lr` (He et al.
+    2015, §4.2, of 110 layers); `step` divides by ten at each milestone (the same); `cosine` falls
+    to 0 at `total` (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5), counted from the end of the
+    warm-up.
     """
+    if step < spec.warmup and spec.warmup_lr is not None:
+        return spec.warmup_lr / spec.lr
     if step < spec.warmup:
         return (step + 1) / (spec.warmup + 1)
     if spec.schedule == "step":
