@@ -5,7 +5,7 @@ READY := .venv/.ready
 VISION := .venv-vision/bin/python
 VISION_READY := .venv-vision/.ready
 
-.PHONY: help demo test test-slow test-cluster test-vision test-browser test-wheel test-findings lint run report clean python
+.PHONY: help demo test test-slow test-cluster test-vision test-browser test-wheel test-findings lint run report docs clean python
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test-findings     every published finding at few seeds, against its recorded verdict (10 minutes)"
 	@echo "make test-browser      the report's page in Chromium (Debian: apt-get install chromium)"
 	@echo "make lint              ruff and mypy"
+	@echo "make docs              docs/reference.md, from the docstrings"
 	@echo "make run ARGS='…'      python -m gradflow …, for instance ARGS='depth=56 skip=false max_steps=0'"
 	@echo "make report            python -m analysis: report/index.html over all of runs/"
 
@@ -55,6 +56,9 @@ run: $(READY)
 
 report: $(READY)
 	@$(PY) -m analysis $(ARGS)
+
+docs: $(READY)
+	@$(PY) docs/make_reference.py
 
 clean:
 	rm -rf .venv .venv-vision build dist .mypy_cache .pytest_cache .ruff_cache

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import limits, recording
+from benchmarks import limits, queries, recording
 from benchmarks.recording import ARMS, Task
 from gradflow.networks import chain
 
@@ -77,3 +77,10 @@ def test_the_limits_are_stated_for_a_task():
     assert re.match(r"small: 0\.00 MB in \d+ tensors; step", limits.least("small", 2))
     assert re.search(r"buffers [\d.]+ MB \(weights ", limits.buffers("default", "small"))
     assert re.search(r"median \d+\.\d+ \[", limits.whole_run(2, depth=8))
+
+
+def test_one_s_own_questions_have_the_same_answer_either_way(tmp_path, capsys):
+    frame = queries.main(tmp_path, runs=10, layers=3, steps=5, rounds=1)
+    assert list(frame["question"]) == list(queries.QUESTIONS)
+    assert (frame[["pandas, s", "gradflow, s", "ratio"]].to_numpy() > 0).all()
+    assert capsys.readouterr().out.startswith("10 runs, 0.0 M rows of weights; load_runs 0.")

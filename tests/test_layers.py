@@ -86,7 +86,7 @@ def test_a_room_imports_nothing_it_must_not_know(path):
         ("gradflow", ("torch", "pandas", "hydra")),
         ("gradflow.spec", ("torch", "pandas", "numpy")),
         ("gradflow.sweep", ("torch", "pytorch_lightning", "hydra")),
-        ("gradflow.store", ("torch", "pytorch_lightning", "hydra")),
+        ("gradflow.store", ("torch", "pandas", "pytorch_lightning", "hydra")),
         ("gradflow.diagnosis", ("torch", "pytorch_lightning", "hydra", "matplotlib")),
         ("gradflow.recording.diagnose", ("pandas", "pyarrow", "gradflow.networks")),
         ("gradflow.report", ("torch", "pytorch_lightning", "hydra")),

@@ -205,10 +205,10 @@ def test_a_table_merged_while_it_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     writer.append("weights", weights(0))
     reader, read = Run(tmp_path), schema.read
 
-    def too_late(path: Path) -> pa.Table:
+    def too_late(path: Path, *options: object) -> pa.Table:
         monkeypatch.setattr(schema, "read", read)
         writer.finish("done")
-        return read(path)
+        return read(path, *options)
 
     monkeypatch.setattr(schema, "read", too_late)
     assert len(reader.frame("weights")) == 3
@@ -524,7 +524,12 @@ def test_a_run_that_is_held_reads_each_table_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, read, original = write(tmp_path / "mine", {}), [], Run._read
-    monkeypatch.setattr(Run, "_read", lambda run, name: read.append(name) or original(run, name))
+
+    def look(run: Run, name: str, *options: object) -> pa.Table | None:
+        read.append(name)
+        return original(run, name, *options)
+
+    monkeypatch.setattr(Run, "_read", look)
     held = run.held()
     assert held.held() is held
     for _ in range(2):
@@ -729,7 +734,7 @@ def test_nothing_recorded_is_an_empty_frame_with_its_columns(tmp_path: Path) -> 
     frame = load_runs(tmp_path).weights("weight_grad_norm")
     types = {name: str(dtype) for name, dtype in frame.dtypes.items()}
     assert types == {
-        "run_id": "string[pyarrow]", "step": "int32[pyarrow]", "layer": "category",
+        "run_id": "category", "step": "int32[pyarrow]", "layer": "category",
         "weight_grad_norm": "double[pyarrow]",
     }  # fmt: skip
     assert frame.empty

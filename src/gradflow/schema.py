@@ -7,17 +7,20 @@ and in pandas, whose columns are Arrow-backed for that reason.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _LAYER = pa.dictionary(pa.int32(), pa.string())
 _NAME = pa.dictionary(pa.int8(), pa.string())
+_GROUP = 2**15  # rows that are read at least where some steps of a long run are asked for
 
 KEYS: dict[str, dict[str, pa.DataType]] = {
     "modules": {"layer": pa.string()},
@@ -85,13 +88,54 @@ def write(data: pa.Table, path: Path) -> None:
         compression="zstd",
         use_dictionary=[f.name for f in data.schema if f.name not in values],
         use_byte_stream_split=values,
+        row_group_size=_GROUP,
     )
     temporary.replace(path)
 
 
-def read(path: Path) -> pa.Table:
-    """The table in one file. Raises pyarrow's or the system's errors where it is damaged."""
-    return pq.read_table(path, memory_map=False)
+def read(
+    path: Path, columns: Sequence[str] | None = None, steps: Iterable[int] | None = None
+) -> pa.Table:
+    """The table in one file, or what `narrowed` leaves of it: nothing else is decoded.
+
+    Raises pyarrow's or the system's errors where it is damaged.
+    """
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        chosen = None if columns is None else [name for name in columns if name in names]
+        wanted = None if steps is None or "step" not in names else list(steps)
+        if wanted is None:
+            return narrowed(file.read(chosen), chosen)
+        read = None if chosen is None else [*{*chosen, "step"}]
+        groups = _groups(file.metadata, names.index("step"), wanted)
+        return narrowed(file.read_row_groups(groups, read), chosen, wanted)
+
+
+def _groups(metadata: pq.FileMetaData, place: int, steps: Sequence[int]) -> list[int]:
+    """The row groups that may have one of these steps, the column at that place."""
+
+    def holds(group: int) -> bool:
+        known = metadata.row_group(group).column(place).statistics
+        return known is None or any(known.min <= step <= known.max for step in steps)
+
+    return [group for group in range(metadata.num_row_groups) if holds(group)]
+
+
+def narrowed(
+    data: pa.Table, columns: Sequence[str] | None = None, steps: Iterable[int] | None = None
+) -> pa.Table:
+    """Some columns, those of them that are there, and the rows of some steps."""
+    if steps is not None and "step" in data.column_names:
+        wanted = pa.array([int(step) for step in steps], data["step"].type)
+        data = data.filter(pc.is_in(data["step"], value_set=wanted))
+    if columns is None:
+        return data
+    return data.select([name for name in columns if name in data.column_names])
+
+
+def columns_of(path: Path) -> pa.Schema:
+    """The columns of the table in one file, by its footer alone. Raises as `read` does."""
+    return pq.read_schema(path, memory_map=False)
 
 
 def count(path: Path) -> int:
@@ -108,10 +152,19 @@ def with_modules(data: pa.Table, modules: pa.Table) -> pa.Table:
     """A table of layers, each row with the columns of its module; any other table as it is."""
     if "layer" not in data.column_names:
         return data
-    order = pc.index_in(data["layer"].cast(pa.string()), modules["layer"])
+    layers = data["layer"].cast(_LAYER).unify_dictionaries().combine_chunks()
+    order = pc.index_in(layers.dictionary, value_set=modules["layer"]).take(layers.indices)
     for label in modules.column_names[1:]:
         data = data.append_column(label, modules[label].take(order))
     return data
+
+
+def encoded(modules: pa.Table) -> pa.Table:
+    """The same with text as dictionaries, but for the key: so rows of layers take little room."""
+    for place, label in enumerate(modules.column_names):
+        if place and pa.types.is_string(modules[label].type):
+            modules = modules.set_column(place, label, modules[label].dictionary_encode())
+    return modules
 
 
 def to_pandas(data: pa.Table) -> pd.DataFrame:
@@ -119,6 +172,7 @@ def to_pandas(data: pa.Table) -> pd.DataFrame:
 
     Dictionaries become categories, in the order of the network; pandas cannot sort Arrow's own.
     """
+    import pandas as pd
 
     def dtype(kind: pa.DataType) -> pd.ArrowDtype | None:
         return None if pa.types.is_dictionary(kind) else pd.ArrowDtype(kind)

@@ -18,31 +18,38 @@ that a kill at any moment leaves a readable run.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
 import math
+import operator
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from functools import cached_property, reduce
 from pathlib import Path
 from types import NoneType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from gradflow import claim, schema
 from gradflow.claim import Claim
-from gradflow.errors import Busy, GradflowError, StoreError
+from gradflow.errors import Busy, GradflowError, SpecError, StoreError
 from gradflow.interrupt import of_interrupt
 from gradflow.spec import RunSpec, flatten
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from pyarrow.compute import Expression
+    from pyarrow.dataset import Dataset
 
 STATUSES = ("running", "done", "diverged", "interrupted", "failed")
 FINISHED = ("done", "diverged")
@@ -402,14 +409,21 @@ def _parts(attempt: Path, name: str = "*") -> list[Path]:
     return sorted(filter(stands, paths), key=lambda path: paths[path])
 
 
-def _read_parts(attempt: Path, name: str) -> pa.Table | None:
-    paths = _parts(attempt, name)
-    return schema.concatenate([_read_part(path) for path in paths]) if paths else None
+def _read_parts(
+    attempt: Path,
+    name: str,
+    columns: Sequence[str] | None = None,
+    steps: Sequence[int] | None = None,
+) -> pa.Table | None:
+    parts = [_read_part(path, columns, steps) for path in _parts(attempt, name)]
+    return schema.concatenate(parts) if parts else None
 
 
-def _read_part(path: Path) -> pa.Table:
+def _read_part(
+    path: Path, columns: Sequence[str] | None = None, steps: Sequence[int] | None = None
+) -> pa.Table:
     try:
-        return schema.read(path)
+        return schema.read(path, columns, steps)
     except pa.ArrowException as error:
         raise StoreError(f"{path}: unreadable ({str(error).splitlines()[0]})") from None
 
@@ -486,43 +500,93 @@ class Run:
         """The spec as one flat row of columns."""
         return flatten(self.spec)
 
-    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table | None:
-        """A recorded table, or None where it has no rows (yet). Raises StoreError if damaged."""
-        try:
-            data = self._looked_up(name)
-        except (OSError, pa.ArrowException) as error:
-            reason = str(error).splitlines()[0]
-            raise StoreError(f"{self.path}: {name} unreadable ({reason})") from None
-        lacking = () if data is None else sorted(set(schema.KEYS[name]) - set(data.column_names))
-        if lacking:
-            raise StoreError(f"{self.path}: {name} unreadable (has no {', '.join(lacking)})")
-        return data if data is None or columns is None else data.select(columns)
+    def table(
+        self,
+        name: str,
+        columns: Sequence[str] | None = None,
+        steps: Iterable[int] | None = None,
+    ) -> pa.Table | None:
+        """A recorded table, or None where it has no rows (yet).
 
-    def _looked_up(self, name: str) -> pa.Table | None:
+        Args:
+            columns: of its values these alone, those of them that were recorded; the keys (`step`,
+                `layer`, …) always come. Others are not read.
+            steps: the rows of these steps alone; in long runs, little more is read.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        wanted = None if columns is None else list(dict.fromkeys([*schema.KEYS[name], *columns]))
+        try:
+            data = self._looked_up(name, wanted, None if steps is None else list(steps))
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(name, str(error).splitlines()[0]) from None
+        if data is not None:
+            self._check_keys(name, data.column_names)
+        return data
+
+    def _check_keys(self, name: str, columns: Iterable[str]) -> None:
+        lacking = sorted(set(schema.KEYS[name]) - set(columns))
+        if lacking:
+            raise self._unreadable(name, f"has no {', '.join(lacking)}")
+
+    def _unreadable(self, name: str, reason: str) -> StoreError:
+        return StoreError(f"{self.path}: {name} unreadable ({reason})")
+
+    def _looked_up(
+        self, name: str, columns: Sequence[str] | None, steps: Sequence[int] | None
+    ) -> pa.Table | None:
         if self._held is None:
-            return self._read(name)
+            return self._read(name, columns, steps)
         if name not in self._held:
             self._held[name] = self._read(name)
-        return self._held[name]
+        data = self._held[name]
+        return None if data is None else schema.narrowed(data, columns, steps)
 
-    def _read(self, name: str) -> pa.Table | None:
+    def _read(
+        self,
+        name: str,
+        columns: Sequence[str] | None = None,
+        steps: Sequence[int] | None = None,
+    ) -> pa.Table | None:
         """From the parts, unless they have been merged: that may happen while they are read."""
         parts, whole = None, self.path / f"{name}.parquet"
         for _ in range(_LOOKS):
             with contextlib.suppress(FileNotFoundError):
                 attempt = claim.latest(self.path)
-                parts = None if attempt is None else _read_parts(attempt, name)
+                parts = None if attempt is None else _read_parts(attempt, name, columns, steps)
                 break
-        return schema.read(whole) if whole.exists() else parts
+        return schema.read(whole, columns, steps) if whole.exists() else parts
+
+    def files(self, name: str) -> dict[Path, pa.Schema]:
+        """The Parquet files that make up a table now, and their columns, by their footers alone.
+
+        One of a finished run; of another its parts, which go when they are merged; none where
+        nothing was recorded.
+
+        Raises:
+            StoreError: one is damaged.
+        """
+        whole, attempt = self.path / f"{name}.parquet", claim.latest(self.path)
+        parts = [] if attempt is None else _parts(attempt, name)
+        try:
+            found = {p: schema.columns_of(p) for p in ([whole] if whole.exists() else parts)}
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(name, str(error).splitlines()[0]) from None
+        for columns in found.values():
+            self._check_keys(name, columns.names)
+        return found
 
     def frame(self, name: str) -> pd.DataFrame:
         """A recorded table as a frame; without rows or columns where nothing was recorded."""
+        import pandas as pd
+
         data = self.table(name)
         return pd.DataFrame() if data is None else schema.to_pandas(data)
 
     def steps_of(self, name: str) -> NDArray[np.int64]:
         """The steps at which a table has rows, in ascending order."""
-        data = self.table(name)
+        data = self.table(name, ())
         return np.array([] if data is None else np.sort(pc.unique(data["step"]).to_numpy()), int)
 
     def with_modules(self, name: str, steps: Iterable[int] | None = None) -> pd.DataFrame:
@@ -534,20 +598,22 @@ class Run:
         Raises:
             StoreError: the table, or modules.parquet, is damaged or missing.
         """
-        data = self.table(name)
-        if data is not None and steps is not None:
-            wanted = pa.array([int(step) for step in steps], data["step"].type)
-            data = data.filter(pc.is_in(data["step"], value_set=wanted))
-        return pd.DataFrame() if data is None else schema.to_pandas(self.located(name, data))
+        import pandas as pd
 
-    def located(self, name: str, data: pa.Table) -> pa.Table:
-        """Rows of the table `name` with the columns of their modules, if it is one of layers."""
-        if name == "modules" or "layer" not in schema.KEYS[name]:
-            return data
-        modules = self.table("modules")
+        data = self.table(name, steps=steps)
+        if data is None:
+            return pd.DataFrame()
+        modules = self.modules_of(name)
+        return schema.to_pandas(data if modules is None else schema.with_modules(data, modules))
+
+    def modules_of(self, name: str, columns: Sequence[str] | None = None) -> pa.Table | None:
+        """What says more of the rows of the table `name`, if it is one of layers."""
+        if name == "modules" or "layer" not in schema.KEYS[name] or columns == ():
+            return None
+        modules = self.table("modules", columns)
         if modules is None:
             raise StoreError(f"{self.path / 'modules.parquet'}: missing")
-        return schema.with_modules(data, modules)
+        return modules
 
 
 def find(runs_dir: str | Path, spec: RunSpec) -> Run | None:
@@ -611,18 +677,30 @@ def mark_dead(
 # --- reading many ---------------------------------------------------------------------------------
 
 
-class Runs:
-    """The runs of one or more stores as frames.
+class Selection(TypedDict, total=False):
+    """What a table of `Runs` may be narrowed to, beside its quantity; see `Runs.table`."""
 
-    `runs` has one row a run: `run_id`, `run` (directory's name), `path`, `origin`, `status`, the
-    spec's fields, the final metrics, `parameter_count`, `seconds`, `recorder_share`, `error`.
-    `problems` lists what was passed over, a line each.
+    steps: int | Iterable[int]
+    fields: Sequence[str]
+    modules: Sequence[str]
+
+
+class Runs:
+    """The runs of one or more stores as frames; a sequence of `Run` objects. See `load_runs`.
+
+        runs = gradflow.load_runs("runs").where(depth=56)
+        runs.runs                                    one row a run
+        runs.weights("weight_grad_norm", steps=0)    one row a run and layer
+        runs.dataset("weights")                      the same, unread, for pyarrow, DuckDB, polars
+
+    Attributes:
+        members: the runs, each a `Run`.
+        problems: what was passed over or could not be read, a line each.
     """
 
     def __init__(self, members: Iterable[Run], problems: Iterable[str] = ()):
         self.members = list(members)
         self.problems = list(problems)
-        self._columns = {run.path: run.columns() for run in self.members}
 
     def __len__(self) -> int:
         return len(self.members)
@@ -630,114 +708,203 @@ class Runs:
     def __iter__(self) -> Iterator[Run]:
         return iter(self.members)
 
+    def __repr__(self) -> str:
+        return f"Runs({len(self)} runs, {len(self.problems)} problems)"
+
+    @cached_property
+    def _columns(self) -> list[dict[str, Any]]:
+        return [run.columns() for run in self.members]
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        return [_row(run, own) for run, own in zip(self.members, self._columns, strict=True)]
+
     @property
     def runs(self) -> pd.DataFrame:
-        rows = []
-        for run in self.members:
-            record = run.record
-            identity = {
-                "run_id": run.run_id,
-                "run": run.path.name,
-                "path": str(run.path),
-                "origin": record.get("origin"),
-                "status": run.status,
-            }
-            rows.append(
-                identity
-                | self._columns[run.path]
-                | identity  # whatever a user's `meta` is called
-                | {name: run.metrics.get(name) for name in METRICS}
-                | {
-                    "parameter_count": record.get("certificate", {}).get("parameter_count"),
-                    "steps": record.get("steps"),
-                    "seconds": record.get("seconds"),
-                    "recorder_share": record.get("recorder_share"),
-                    "error": record.get("error"),
-                }
-            )
-        labels = list(dict.fromkeys(name for row in rows for name in row))
-        return pd.DataFrame({name: _column([row.get(name) for row in rows]) for name in labels})
+        """One row a run, in the order of `members`.
 
-    def table(
-        self, name: str, quantity: str | None = None, *, fields: Sequence[str] | None = None
-    ) -> pd.DataFrame:
-        """A recorded table over all runs, with `run_id`, module columns and the spec's fields.
+        `run_id`, `run` (directory's name), `path`, `origin`, `status`, the spec's fields, the final
+        metrics, `parameter_count`, `steps`, `seconds`, `recorder_share`, `error`.
+        """
+        import pandas as pd
+
+        return pd.DataFrame({n: _column([r.get(n) for r in self._rows]) for n in self._labels()})
+
+    def _labels(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self._rows for name in row))
+
+    def where(self, mask: ArrayLike | None = None, /, **fields: Any) -> Runs:
+        """The runs of which all of this holds; no table is read for it.
+
+            runs.where(depth=56, skip=("none", "identity"))
+            runs.where(runs.runs["train_accuracy"] > 0.9)
 
         Args:
-            name: weights, outputs, blocks, steps, evaluations, probes, modules.
-            quantity: one column alone, without the rows in which it was not measured.
+            mask: a boolean for each run, in the order of `runs`; a null is False.
+            fields: columns of `runs`, each with its value, or a list, tuple, set or range of them.
+                `skip` takes True and False as well.
+
+        Raises:
+            SpecError: no run has such a column, or there is not one boolean a run.
+        """
+        kept = np.ones(len(self), bool) if mask is None else _booleans(mask, len(self))
+        for name, wanted in fields.items():
+            if self.members and name not in self._labels():
+                raise SpecError(f"{name}: no such column of runs{_nearest(name, self._labels())}")
+            several = isinstance(wanted, list | tuple | set | frozenset | range)
+            allowed = [_spelling(name, value) for value in (wanted if several else [wanted])]
+            kept &= np.array([_spelling(name, r.get(name)) in allowed for r in self._rows], bool)
+        chosen = [run for run, keep in zip(self.members, kept, strict=True) if keep]
+        return Runs(chosen, self.problems)
+
+    def table(
+        self,
+        name: str,
+        quantity: str | Sequence[str] | None = None,
+        *,
+        steps: int | Iterable[int] | None = None,
+        fields: Sequence[str] | None = None,
+        modules: Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """A recorded table over all runs, with `run_id`, the spec's fields and module columns.
+
+        What is not asked for is not read. Text that recurs (run, skip, layer, kind, shape, …) is
+        categorical; numbers are Arrow-backed, so that a null (not measured) is no NaN (measured).
+
+        Args:
+            name: weights, outputs, blocks, steps, evaluations, probes, flight, modules.
+            quantity: one value column or several, without the rows that have none of them.
+            steps: the rows of one step or of several; by default of all.
             fields: which of the spec's fields; by default `network, depth, skip, seed, data, lr`
                 and all in which the runs differ.
+            modules: which columns of modules.parquet (`position, kind, stage, shape, parameters,
+                calls`), in the tables of layers; by default all.
 
         Returns:
             One row a recorded row; where there is none, no row and only `run_id`, the table's keys
             and the quantity as columns. Runs whose files are damaged are named in `problems`.
+
+        Raises:
+            SpecError: no such table, or no run has one of the fields.
         """
-        chosen = self._varying() if fields is None else list(fields)
-        values = {f: _array([self._columns[run.path].get(f) for run in self]) for f in chosen}
+        quantities = None if quantity is None else _listed(quantity)
+        located = None if modules is None else tuple(modules)
+        at = None if steps is None else [int(step) for step in _listed(steps)]
+        described = self._described(name, fields)
         parts = []
         for place, run in enumerate(self.members):
-            described = {label: array[place] for label, array in values.items()}
-            try:
-                parts.append(self._part(run, name, quantity, described))
-            except StoreError as error:
-                if str(error) not in self.problems:
-                    self.problems.append(str(error))
-        present = [part for part in parts if part is not None]
+            with self._noting():
+                data = _recorded(run, name, quantities, at, located)
+                if data is not None:
+                    row = {label: _repeated(a, place, len(data)) for label, a in described.items()}
+                    parts.append(_preceded(data, row))
         return schema.to_pandas(
-            schema.concatenate(present) if present else _no_rows(name, quantity)
+            schema.concatenate(parts) if parts else _no_rows(name, quantities or ())
         )
 
-    def _part(
-        self, run: Run, name: str, quantity: str | None, described: Mapping[str, pa.Scalar]
-    ) -> pa.Table | None:
-        data = run.table(name)
-        if data is None or (quantity is not None and quantity not in data.column_names):
-            return None
-        if quantity is not None:
-            data = data.select([*schema.KEYS[name], quantity])
-            data = data.filter(pc.is_valid(data[quantity]))
-        data = run.located(name, data)
-        row = {"run_id": pa.scalar(run.run_id), **described}
-        for label, value in reversed(row.items()):
-            if label not in data.column_names:
-                data = data.add_column(0, label, pa.repeat(value, len(data)))
-        return data
+    def dataset(self, name: str, *, fields: Sequence[str] | None = None) -> Dataset:
+        """A recorded table over all runs, as it lies on disk now, unread.
+
+        Whatever reads a `pyarrow.dataset.Dataset` (pyarrow itself, DuckDB, polars) reads of it only
+        the columns, runs and row groups that a query needs. `modules` has the module columns, to be
+        joined by `run_id` and `layer`. Runs that are not finished are in it with what they have
+        written so far; these files go when the run ends, and the dataset must then be asked for
+        again. Damaged files are named in `problems`, and their runs left out.
+
+        Args:
+            fields: as for `table`; whatever a query selects runs by. Each is a column.
+
+        Raises:
+            SpecError: no such table, or no run has one of the fields.
+        """
+        from pyarrow import dataset as ds
+        from pyarrow.fs import LocalFileSystem
+
+        described = self._described(name, fields)
+        files: list[tuple[int, Path, pa.Schema]] = []
+        for place, run in enumerate(self.members):
+            with self._noting():
+                files += [(place, path, held) for path, held in run.files(name).items()]
+        if not files:
+            return ds.dataset(_no_rows(name, ()))
+        recorded = pa.unify_schemas([held for *_, held in files], promote_options="permissive")
+        own = {n: _without_null(a) for n, a in described.items() if n not in recorded.names}
+        return ds.FileSystemDataset.from_paths(
+            [str(path.resolve()) for _, path, _ in files],
+            schema=pa.schema([*((label, a.type) for label, a in own.items()), *recorded]),
+            format=ds.ParquetFileFormat(),
+            filesystem=LocalFileSystem(),
+            partitions=[_condition(own, place) for place, *_ in files],
+        )
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+
+    def _described(self, name: str, fields: Sequence[str] | None) -> dict[str, pa.Array]:
+        """The columns that say of which run a row is: an element a run; text as a dictionary."""
+        if name not in schema.KEYS:
+            raise SpecError(f"{name}: no such table; there are {', '.join(schema.KEYS)}")
+        known = {label for columns in self._columns for label in columns} | {*CORE_FIELDS}
+        chosen = self._varying() if fields is None else list(fields)
+        for field in chosen:
+            if self.members and field not in known:
+                raise SpecError(f"fields={field}: no run has it{_nearest(field, known)}")
+        values: dict[str, list[Any]] = {"run_id": [run.run_id for run in self.members]}
+        values |= {field: [own.get(field) for own in self._columns] for field in chosen}
+        return {label: _sorted_texts(_array(listed)) for label, listed in values.items()}
 
     def _varying(self) -> list[str]:
         seen: dict[str, set[Any]] = {}
-        for columns in self._columns.values():
+        for columns in self._columns:
             for name, value in columns.items():
                 seen.setdefault(name, set()).add(value)
         return [name for name, values in seen.items() if name in CORE_FIELDS or len(values) > 1]
 
-    def weights(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
-        """`weight_grad_norm`, `weight_norm`, `update_norm` by step and layer."""
-        return self.table("weights", quantity, **options)
+    def weights(
+        self, quantity: str | Sequence[str] | None = None, **selection: Unpack[Selection]
+    ) -> pd.DataFrame:
+        """`weight_grad_norm`, `weight_norm`, `update_norm` by step and layer. See `table`."""
+        return self.table("weights", quantity, **selection)
 
-    def outputs(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
-        """`output_rms`, `output_grad_norm` by step and layer."""
-        return self.table("outputs", quantity, **options)
+    def outputs(
+        self, quantity: str | Sequence[str] | None = None, **selection: Unpack[Selection]
+    ) -> pd.DataFrame:
+        """`output_rms`, `output_grad_norm` by step and layer. See `table`."""
+        return self.table("outputs", quantity, **selection)
 
-    def blocks(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
-        """`branch_rms`, `skip_rms`, `branch_grad_norm`, `skip_grad_norm` by step and block."""
-        return self.table("blocks", quantity, **options)
+    def blocks(
+        self, quantity: str | Sequence[str] | None = None, **selection: Unpack[Selection]
+    ) -> pd.DataFrame:
+        """`branch_rms`, `skip_rms`, `branch_grad_norm`, `skip_grad_norm` by step and block. See
+        `table`."""
+        return self.table("blocks", quantity, **selection)
 
-    def steps(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
-        """`loss`, `lr`, `grad_norm`, … by step."""
-        return self.table("steps", quantity, **options)
+    def steps(
+        self, quantity: str | Sequence[str] | None = None, **selection: Unpack[Selection]
+    ) -> pd.DataFrame:
+        """`loss`, `lr`, `grad_norm` (L2, of all parameters together), … by step. See `table`."""
+        return self.table("steps", quantity, **selection)
 
-    def evaluations(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
-        """`loss` and `accuracy` by step and split."""
-        return self.table("evaluations", quantity, **options)
+    def evaluations(
+        self, quantity: str | Sequence[str] | None = None, **selection: Unpack[Selection]
+    ) -> pd.DataFrame:
+        """`loss` and `accuracy` by step and split. See `table`."""
+        return self.table("evaluations", quantity, **selection)
 
-    def probes(self, quantity: str | None = None, **options: Any) -> pd.DataFrame:
-        """Values of probes by probe, step, layer and x."""
-        return self.table("probes", quantity, **options)
+    def probes(
+        self, quantity: str | Sequence[str] | None = None, **selection: Unpack[Selection]
+    ) -> pd.DataFrame:
+        """Values of probes by probe, step, layer and x. See `table`."""
+        return self.table("probes", quantity, **selection)
 
-    def modules(self, **options: Any) -> pd.DataFrame:
+    def modules(self, *, fields: Sequence[str] | None = None) -> pd.DataFrame:
         """Every module of every run: layer, position, kind, stage, shape, parameters, calls."""
-        return self.table("modules", **options)
+        return self.table("modules", fields=fields)
 
     def meanings(self) -> dict[str, dict[str, str]]:
         """Quantity -> its `meaning` and `unit`, as stamped into the recorded files.
@@ -749,8 +916,7 @@ class Runs:
         for run in self.members:
             for name in schema.KEYS:
                 with contextlib.suppress(StoreError):
-                    data = run.table(name)
-                    for item in data.schema if data is not None else ():
+                    for item in (item for columns in run.files(name).values() for item in columns):
                         if item.metadata and item.name not in found:
                             found[item.name] = {
                                 label.decode(): text.decode()
@@ -760,10 +926,122 @@ class Runs:
         return found
 
 
-def _no_rows(name: str, quantity: str | None) -> pa.Table:
-    types = {"run_id": pa.string(), **schema.KEYS[name]}
-    if quantity is not None:
-        types[quantity] = pa.float64()
+def _row(run: Run, columns: dict[str, Any]) -> dict[str, Any]:
+    record = run.record
+    identity = {
+        "run_id": run.run_id,
+        "run": run.path.name,
+        "path": str(run.path),
+        "origin": record.get("origin"),
+        "status": run.status,
+    }
+    return (
+        identity
+        | columns
+        | identity  # whatever a user's `meta` is called
+        | {name: run.metrics.get(name) for name in METRICS}
+        | {
+            "parameter_count": record.get("certificate", {}).get("parameter_count"),
+            "steps": record.get("steps"),
+            "seconds": record.get("seconds"),
+            "recorder_share": record.get("recorder_share"),
+            "error": record.get("error"),
+        }
+    )
+
+
+def _booleans(mask: ArrayLike, count: int) -> NDArray[np.bool_]:
+    values = np.array([value is True or value is np.True_ for value in np.asarray(mask, object)])
+    if len(values) != count:
+        raise SpecError(f"where: {len(values)} booleans for {count} runs")
+    return values.astype(bool)
+
+
+def _spelling(name: str, value: Any) -> Any:
+    """A skip by its name, as in spec.json: a user's own meta may have a boolean."""
+    if name == "skip" and isinstance(value, bool):
+        return "identity" if value else "none"
+    return value
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=3)
+    return f"; near it are {', '.join(near)}" if near else ""
+
+
+def _listed(value: Any) -> list[Any]:
+    """One or several as a list."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+
+def _recorded(
+    run: Run,
+    name: str,
+    quantities: Sequence[str] | None,
+    steps: Sequence[int] | None,
+    modules: Sequence[str] | None,
+) -> pa.Table | None:
+    """What is asked for of one run's table, with its module columns; None where it has none."""
+    data = run.table(name, quantities, steps)
+    if data is None:
+        return None
+    if quantities is not None:
+        present = [quantity for quantity in quantities if quantity in data.column_names]
+        if not present:
+            return None
+        if all(data[quantity].null_count for quantity in present):
+            data = data.filter(reduce(pc.or_, [pc.is_valid(data[q]) for q in present]))
+    located = run.modules_of(name, modules)
+    return data if located is None else schema.with_modules(data, schema.encoded(located))
+
+
+def _preceded(data: pa.Table, row: dict[str, pa.Array]) -> pa.Table:
+    for label, values in reversed(row.items()):
+        if label not in data.column_names:
+            data = data.add_column(0, label, values)
+    return data
+
+
+def _sorted_texts(array: pa.Array) -> pa.Array:
+    """Text as a dictionary, in the order of the alphabet; anything else as it is."""
+    if not pa.types.is_string(array.type):
+        return array
+    names = array.unique().drop_null().sort()
+    codes = pc.index_in(array, value_set=names).cast(np.min_scalar_type(-len(names) - 1).name)
+    return pa.DictionaryArray.from_arrays(codes, names)
+
+
+def _without_null(array: pa.Array) -> pa.Array:
+    """No dictionary that has a null in it, in some run's rows: Arrow cannot unite such ones."""
+    return array if array.null_count == 0 else array.cast(_plain(array.type))
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _repeated(array: pa.Array, place: int, rows: int) -> pa.Array:
+    """One element of a column, so many times."""
+    if not pa.types.is_dictionary(array.type):
+        return pa.repeat(array[place], rows)
+    codes = pa.repeat(array.indices[place], rows)
+    return pa.DictionaryArray.from_arrays(codes, array.dictionary)
+
+
+def _condition(described: Mapping[str, pa.Array], place: int) -> Expression:
+    """What holds of every row of that run: so its files are read only where a query wants them."""
+    return reduce(
+        operator.and_,
+        (
+            pc.field(label) == array[place] if array[place].is_valid else pc.field(label).is_null()
+            for label, array in described.items()
+        ),
+    )
+
+
+def _no_rows(name: str, quantities: Iterable[str]) -> pa.Table:
+    types = {"run_id": pa.dictionary(pa.int32(), pa.string()), **schema.KEYS[name]}
+    types |= dict.fromkeys(quantities, pa.float64())
     return pa.schema(list(types.items())).empty_table()
 
 
@@ -776,6 +1054,8 @@ def _array(values: list[Any]) -> pa.Array:
 
 
 def _column(values: list[Any]) -> Any:
+    import pandas as pd
+
     array = _array(values)
     return pd.Series(array.to_pandas(types_mapper=pd.ArrowDtype), dtype=pd.ArrowDtype(array.type))
 

@@ -103,7 +103,9 @@ def _layers(run: Run, name: str, extras: set[str]) -> pd.DataFrame:
     data = run.table(name)
     assert data is not None
     present = pa.table({"layer": pc.unique(data["layer"]).cast(pa.string())})
-    known = run.located(name, present).to_pandas()
+    modules = run.modules_of(name)
+    assert modules is not None  # a table of layers
+    known = schema.with_modules(present, modules).to_pandas()
     if name == "blocks":
         known = known.sort_values("position").assign(family=tables.BLOCK)
         return known.assign(ordinal=range(1, len(known) + 1))

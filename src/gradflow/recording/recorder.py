@@ -601,7 +601,7 @@ class Recorder:
             data = schema.concatenate(parts) if parts else None
         if data is None:
             return pd.DataFrame()
-        return schema.to_pandas(schema.with_modules(data, modules))
+        return schema.to_pandas(schema.with_modules(data, schema.encoded(modules)))
 
     def story(self) -> str:
         """What led to the first divergence or alarm, in words; empty where there was none.
