@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import torchvision
 from formats import write_folder
 from torch.nn.functional import cross_entropy
 
@@ -17,6 +16,7 @@ from gradflow.networks import build_network
 from gradflow.spec import DataSpec, RunSpec
 from gradflow.training.evaluation import evaluate
 
+torchvision = pytest.importorskip("torchvision")  # these are read where there is none, too
 pytestmark = pytest.mark.vision
 
 SMALL = {"name": "synthetic", "size": 32, "train": 32, "test": 20}
