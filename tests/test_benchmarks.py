@@ -2,14 +2,16 @@
 
 import contextlib
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import limits, queries, recording
+from benchmarks import limits, queries, recording, reports, stores
 from benchmarks.recording import ARMS, Task
+from gradflow import load_runs, report
 from gradflow.networks import chain
 
 OWN = [name for name, arm in ARMS.items() if not arm.install]
@@ -84,3 +86,46 @@ def test_one_s_own_questions_have_the_same_answer_either_way(tmp_path, capsys):
     assert list(frame["question"]) == list(queries.QUESTIONS)
     assert (frame[["pandas, s", "gradflow, s", "ratio"]].to_numpy() > 0).all()
     assert capsys.readouterr().out.startswith("10 runs, 0.0 M rows of weights; load_runs 0.")
+
+
+def test_a_made_up_store_is_one_that_gradflow_reports_on(tmp_path):
+    wanted = stores.specs(40, 20, 30)
+    assert len({spec.name for spec in wanted}) == 40
+    stores.fill(tmp_path, wanted[:4])
+    for spec in wanted[:4]:
+        (tmp_path / spec.name / "run.json").touch()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    stores.fill(tmp_path, wanted[:4])  # what is there stays
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    runs = load_runs(tmp_path)
+    assert [run.status for run in runs] == ["done"] * 4
+    for name in ("weights", "outputs"):
+        frame = runs.table(name)
+        values = frame[[column for column in frame if column.endswith(("norm", "rms"))]]
+        assert values.shape == (4 * 39 * 30, 2)  # 20 weight layers, 19 normalisation layers
+        assert values.notna().all(axis=None)
+        assert (values > 0).all(axis=None)
+    found = report.gather(runs)
+    assert set(found.pairs["match"]) == {"matched"}
+    assert len(found.pairs) == 2
+    assert found.pairs["train_difference"].notna().all()
+    assert not found.problems
+
+
+def test_a_reports_cost_is_that_of_all_its_processes():
+    inner = "import time; held = b'x' * 50_000_000; time.sleep(.5)"
+    code = "import subprocess, sys; held = b'x' * 50_000_000; "
+    code += f"subprocess.run([sys.executable, '-c', {inner!r}])"
+    cost = reports.measured([sys.executable, "-c", code])
+    assert cost.seconds > 0.5
+    assert 100 < cost.memory < 250
+
+
+def test_the_table_of_reports_has_all_four(tmp_path, capsys):
+    reports.main(tmp_path, [reports.Shape(2, 8, 12)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 runs × 8 layers × 12 steps"
+    assert [line.split(" | ")[0] for line in lines[4:8]] == [
+        "| pandas, run by run", "| first report", "| second, one new run", "| third, nothing new"
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["2-8-12"]

@@ -1,11 +1,14 @@
 """Figures hold the numbers of their frames, and show what a log axis cannot."""
 
 import math
+import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 import report_store
+import seaborn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -333,6 +336,32 @@ def test_arms_differ_without_colour():
     assert len({marker for *_, marker in styles.values()}) == len(names)
     grey = {n: float(np.dot(to_rgb(styles[n][0]), [0.299, 0.587, 0.114])) for n in names}
     assert abs(grey["plain"] - grey["residual"]) > 0.15
+
+
+def test_the_theme_is_seaborns_where_it_is_not_our_own():
+    theirs = {**seaborn.axes_style("ticks"), **seaborn.plotting_context("paper")}
+    ours = plots._SEABORN
+    assert theirs.keys() - ours.keys() == {
+        "image.cmap", "axes.grid", "grid.color", "grid.linewidth", "axes.titlesize",
+        "axes.spines.right", "axes.spines.top", "lines.linewidth",
+    }  # fmt: skip
+    for name, value in ours.items():
+        expected = theirs[name]
+        assert value == (pytest.approx(expected) if isinstance(value, float) else expected), name
+
+
+def test_coordinates_of_an_svg_are_cut_and_its_words_are_not(tmp_path):
+    figure = Figure()
+    ax = figure.subplots()
+    ax.plot([0, 1 / 3], [1 / 7, 2 / 3])
+    ax.set_title("a 0.123456 b")
+    plots.save(figure, tmp_path / "one")
+    text = (tmp_path / "one.svg").read_text()
+    assert ">a 0.123456 b<" in text
+    assert not re.search(r'<[^>]*[ "]\d+\.\d{3,}[ "][^>]*>', text)
+    root = ElementTree.fromstring(text)
+    paths = [node.get("d") for node in root.iter("{http://www.w3.org/2000/svg}path")]
+    assert any(re.fullmatch(r"M [\d.]+ [\d.]+ +L [\d.]+ [\d.]+ +", path) for path in paths)
 
 
 def test_figures_are_saved_in_three_formats_and_repeat(tmp_path):

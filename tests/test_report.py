@@ -275,7 +275,7 @@ def test_a_run_at_work_shows_what_it_has(tmp_path, fast):
     _, text = only(tmp_path / "runs", tmp_path)
     assert 'id="figure-profile-first"' in text
     assert "running; not among the final errors" in text
-    assert "No run has a final training error yet." in text
+    assert "No run has a final training error." in text
     writer.finish("done")
 
 
@@ -384,6 +384,7 @@ def test_a_report_that_fails_leaves_the_old_one(tmp_path, fast, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("in the middle")
 
+    report_store.write_run(tmp_path / "runs", depth=8, skip="none", seed=1)
     monkeypatch.setattr(plots, "curves", fail)
     with pytest.raises(RuntimeError):
         report.write_report(load_runs(tmp_path / "runs"), tmp_path / "report")

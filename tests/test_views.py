@@ -6,9 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import report_store
+import torch
 
-from gradflow import tables, verdicts, views
+import gradflow
+from gradflow import diagnosis, tables, verdicts, views
 from gradflow.errors import StoreError
+from gradflow.page import Card
 from gradflow.store import Run, load_runs
 from gradflow.tables import Interval
 
@@ -161,3 +164,57 @@ def test_the_first_cards_answer_the_first_questions(runs):
     ids = set(overview["run_id"])
     assert set(skip.pair) <= ids
     assert "depth 56" in skip.because
+
+
+def table_of(*rows):
+    """An overview of runs: arm, depth, seed, training error; None is a run that diverged."""
+    names = ["arm", "depth", "seed", "train_error"]
+    frame = pd.DataFrame(rows, columns=names).convert_dtypes()
+    lost = frame["train_error"].isna()
+    labels = [f"{arm}-{depth}-{seed}" for arm, depth, seed, _ in rows]
+    return frame.assign(
+        group=0,
+        match="",
+        status=lost.map({True: "diverged", False: "done"}),
+        run=labels,
+        run_id=labels,
+    )
+
+
+def test_where_the_deepest_diverged_no_lesser_depth_answers_for_them():
+    shallow = [("plain", 20, 0, 0.4), ("plain", 20, 1, 0.4)]
+    better = [("plain", 56, 0, 0.2), ("plain", 56, 1, 0.2)]
+    lost = [("plain", 152, 0, None), ("plain", 152, 1, None)]
+    answers = [
+        (shallow + better, "No: less training error", "from depth 20 to 56."),
+        (shallow + better + lost, "The deepest diverged", "plain, depth 152: 2 of 2 diverged."),
+        (shallow + lost, "The deepest diverged", "plain, depth 152: 2 of 2 diverged."),
+    ]
+    for rows, word, end in answers:
+        (card,) = verdicts.cards(table_of(*rows), pd.DataFrame(), pd.DataFrame())
+        assert card.word == word
+        assert card.because.endswith(end)
+    assert verdicts.cards(table_of(*lost), pd.DataFrame(), pd.DataFrame()) == []
+
+
+def test_a_pair_of_which_one_run_diverged_is_told():
+    overview = table_of(("plain", 8, 0, None), ("residual", 8, 0, 0.1))
+    (card,) = verdicts.cards(overview, pd.DataFrame(), pd.DataFrame())
+    assert card == Card(
+        "Does the skip help (residual)?", "No pair has both final errors",
+        "plain, depth 8: 1 of 1 diverged.", "neither",
+    )  # fmt: skip
+
+
+def test_a_run_whose_skip_is_not_known_has_its_gradient_judged(tmp_path):
+    network = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
+    with gradflow.Recorder(network, save=tmp_path / "runs" / "own") as recorder:
+        network(torch.ones(2, 4)).sum().backward()
+        recorder.step()
+    runs = load_runs(tmp_path / "runs")
+    found = diagnosis.diagnoses(next(iter(runs))).assign(
+        run_id="own", depth=None, arm="unnamed", seed=None
+    )
+    (card,) = verdicts.cards(tables.overview(runs), pd.DataFrame(), found)
+    assert card.asked == "The gradient at the first step"
+    assert card.word == found["diagnosis"].iloc[0]

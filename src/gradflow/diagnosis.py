@@ -289,6 +289,7 @@ def _before(steps: NDArray[np.int64], step: int) -> int:
     return int(steps[steps <= step].max(initial=-1))
 
 
+_ABOUT = ("step", "layer", "kind", "position", "stage", "shape")
 _QUANTITIES = {
     "weight_grad_norm": "the norm of the weights' gradient",
     "output_grad_norm": "the norm of the outputs' gradient",
@@ -306,6 +307,15 @@ class _Record:
 
     @cached_property
     def _asked(self) -> dict[str, pd.DataFrame]:
+        return {}
+
+    @cached_property
+    def _by_layer(self) -> dict[str, pd.Series]:
+        return {}
+
+    @cached_property
+    def changes(self) -> dict[str, _Change | None]:
+        """By quantity, what `_change` has found."""
         return {}
 
     @cached_property
@@ -357,7 +367,9 @@ class _Record:
         frame = self.outputs if quantity in self.outputs else self.weights
         if quantity not in frame:
             return pd.DataFrame(columns=["layer", "kind", "position", "shape", quantity])
-        data = tables.measured(frame, quantity).astype({"kind": object, "layer": object})
+        columns = [*dict.fromkeys([*_ABOUT, quantity])]  # the others cost more than all else here
+        data = tables.measured(frame[[c for c in columns if c in frame]], quantity)
+        data = data.astype({"kind": object, "layer": object})
         plain = data["kind"].isin(("conv", "linear"))
         if plain.sum() < ENDS:
             matrix = data["shape"].astype(str).str.contains("x")
@@ -366,9 +378,14 @@ class _Record:
 
     def everywhere(self, quantity: str) -> pd.Series:
         """A measured quantity by layer, over all kinds of modules."""
+        if quantity not in self._by_layer:  # by several checks
+            self._by_layer[quantity] = self._find_everywhere(quantity)
+        return self._by_layer[quantity]
+
+    def _find_everywhere(self, quantity: str) -> pd.Series:
         for frame in (self.weights, self.outputs):
             if quantity in frame:
-                data = tables.measured(frame, quantity)
+                data = tables.measured(frame[["layer", quantity]], quantity)
                 return data.set_index(data["layer"].astype(object))[quantity]
         return pd.Series(dtype=float)
 
@@ -552,6 +569,13 @@ def _forward(record: _Record) -> float | None:
 
 
 def _change(record: _Record, quantity: str) -> _Change | None:
+    """`_find_change`, once for each quantity."""
+    if quantity not in record.changes:
+        record.changes[quantity] = _find_change(record, quantity)
+    return record.changes[quantity]
+
+
+def _find_change(record: _Record, quantity: str) -> _Change | None:
     """The largest change toward the input among like layers that span half the network.
 
     Like are layers whose names differ in numbers alone; where none such span it, all layers are
@@ -567,7 +591,7 @@ def _change(record: _Record, quantity: str) -> _Change | None:
         rows = rows[values > 0]  # outputs before an initial zero
     if len(rows) < 2 or not (rows[quantity] > 0).any():
         return None
-    rate = _rate(rows, quantity)
+    rate = tables.layer_rate(rows, quantity)
     found = [_ends(part, quantity, rate, rows) for part in _alike(rows)]
     return max(found, key=lambda change: abs(math.log(change.ratio)))
 
@@ -599,10 +623,6 @@ def _ratio(values: NDArray[np.float64]) -> float:
     first, last = np.median(values[:count]), np.median(values[-count:])
     with np.errstate(over="ignore"):
         return float(np.clip(first / last, 1e-300, 1e300))
-
-
-def _rate(rows: pd.DataFrame, quantity: str) -> tables.Rate:
-    return tables.layer_rate(tables.profile(rows, quantity), quantity)
 
 
 # --- the number format ----------------------------------------------------------------------------

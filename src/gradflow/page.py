@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from gradflow.cache import Cache
 from gradflow.errors import GradflowError
+from gradflow.helpers import Helpers
+from gradflow.sketches import Making, Sheet, Sketch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,10 +78,14 @@ class Page:
 
     Args:
         directory: where the page will lie.
+        kept: what was made before; helpers: processes that share the work.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, kept: Cache | None = None, helpers: Helpers | None = None):
         self.directory = directory
+        self._making = Making(kept or Cache(), helpers or Helpers(1))
+        self._sheets: dict[str, tuple[Path, object]] = {}
+        self._sketched: dict[str, tuple[str, int, str, str]] = {}
         self.links: list[str] = []
         self.parts: list[str] = []
         self._above = 0  # parts before the explorer
@@ -136,22 +143,47 @@ class Page:
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
 
-    def csv(self, name: str, frame: pd.DataFrame, missing: str = "") -> None:
-        """Write a table's file; `missing` stands for a NaN in columns that are not Arrow-backed."""
-        frame.to_csv(self.directory / "tables" / f"{name}.csv", index=False, na_rep=missing)
+    def csv(self, name: str, frame: pd.DataFrame, missing: str = "", by: str = "") -> None:
+        """Write a table's file, a long one ordered `by` a column: now, or with the page.
 
-    def figure(self, name: str, figure: Figure, alt: str, caption: str) -> None:
-        stem = self.directory / "figures" / name
+        Args:
+            missing: stands for a NaN in columns that are not Arrow-backed.
+        """
+        path = self.directory / "tables" / f"{name}.csv"
+        if not by:
+            frame.to_csv(path, index=False, na_rep=missing)
+            return
+        frame[:0].to_csv(path, index=False)
+        for value, part in frame.groupby(by, sort=True, dropna=False):
+            entry = f"{name}-{value}.csv"
+            self._sheets[entry] = path, value
+            self._making.add(entry, Sheet(part, by, missing))
+
+    def figure(self, name: str, figure: Figure | Sketch, alt: str, caption: str) -> None:
+        """A figure, drawn now; or, of a sketch, by the time that the page is written."""
+        if isinstance(figure, Sketch):
+            self._sketched[f"{name}.figure"] = (name, len(self.parts), alt, caption)
+            self.parts.append("")
+            self._making.add(f"{name}.figure", figure)
+            return
         from gradflow import plots
 
-        files = plots.save(figure, stem)
-        image = base64.b64encode(files[0].read_bytes()).decode()
-        links = ", ".join(link(f"figures/{f.name}", f.suffix[1:].upper()) for f in files)
-        self.parts.append(
-            f'<figure id="figure-{name}"><div class="wide">'
-            f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{image}"></div>'
-            f"<figcaption>{escape(caption)} ({links})</figcaption></figure>"
-        )
+        files = plots.save(figure, self.directory / "figures" / name)
+        drawn = {path.suffix[1:]: path.read_bytes() for path in files}
+        self.parts.append(_figure(name, drawn, alt, caption))
+
+    def _make(self) -> None:
+        """Write what was to be written with the page."""
+        for entry, files in self._making.results().items():
+            if entry in self._sheets:
+                path, value = self._sheets[entry]
+                with path.open("ab") as file:
+                    file.write(Sheet.text(files, value))
+                continue
+            name, place, alt, caption = self._sketched[entry]
+            for kind, data in files.items():
+                (self.directory / "figures" / f"{name}.{kind}").write_bytes(data)
+            self.parts[place] = _figure(name, files, alt, caption)
 
     def explorer(self, heading: str, index: Mapping[str, Any], views: Mapping[str, bytes]) -> None:
         """The interactive views, between what comes before and after.
@@ -172,6 +204,7 @@ class Page:
         ]
 
     def write(self, title: str, subtitle: object, name: str = INDEX) -> None:
+        self._make()
         explorer = bool(self._data)
         styles = ["page.css", *["uPlot.min.css"] * explorer]
         scripts = [*_THEME, *(_EXPLORER if explorer else ()), *(_LIVE if name == INDEX else ())]
@@ -185,6 +218,16 @@ class Page:
             scripts="\n".join([*code, *["<script>gradflow.start();</script>"] * explorer]),
         )  # fmt: skip
         (self.directory / name).write_text(page, encoding="utf-8")
+
+
+def _figure(name: str, files: Mapping[str, bytes], alt: str, caption: str) -> str:
+    image = base64.b64encode(files["svg"]).decode()
+    links = ", ".join(link(f"figures/{name}.{kind}", kind.upper()) for kind in files)
+    return (
+        f'<figure id="figure-{name}"><div class="wide">'
+        f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{image}"></div>'
+        f"<figcaption>{escape(caption)} ({links})</figcaption></figure>"
+    )
 
 
 def publish(out: str | Path, compose: Callable[[Path], None]) -> Path:

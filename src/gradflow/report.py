@@ -1,6 +1,6 @@
 """The report over a store: one self-contained page, its figures and tables as files, or a text.
 
-    python -m gradflow.report [RUNS …] [--out report] [--text]
+    python -m gradflow.report [RUNS …] [--out report] [--text | --serve]
 
 Everything on the page is computed from what was recorded; nothing is trained or measured here.
 """
@@ -8,7 +8,6 @@ Everything on the page is computed from what was recorded; nothing is trained or
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import shlex
@@ -19,23 +18,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from gradflow import atlas, captions, diagnosis, flight, status, tables, verdicts, views
-from gradflow.errors import GradflowError, StoreError
+from gradflow import atlas, cache, captions, reading, serve, status, tables, verdicts
+from gradflow.cache import Cache
+from gradflow.errors import GradflowError
 from gradflow.findings import Finding
+from gradflow.helpers import Helpers
 from gradflow.page import Page, publish
+from gradflow.reading import QUANTITY
+from gradflow.sketches import sketch
 from gradflow.store import FINISHED, Run, Runs, load_runs
 
-QUANTITY = "weight_grad_norm"
 TOLD_RUNS = 24
 """Runs of which a text tells what the gradient did in each; of more it would be neither short nor
 quick."""
 _STORIES = 8
 """Runs that went wrong whose story the page tells, of each group."""
-DRAWN_GROUPS = 6
-"""Groups of comparable runs that get figures; further ones are in the tables alone."""
+MANY = 50
+"""Runs with which a report takes help from the start."""
+DRAWN_GROUPS = 4
+"""Groups of comparable runs that get figures; further ones are in the explorer and the tables."""
 
 # --- what the report is made of -------------------------------------------------------------------
 
@@ -71,11 +74,15 @@ class Material:
             for frame in [getattr(self, name)]
         }
         members = [run for run, here in zip(self.members, rows, strict=True) if here]
-        return Material(members, self.overview[rows], **parts)
+        views = {n: self.views[n] for n in (run.run_id for run in members) if n in self.views}
+        return Material(members, self.overview[rows], views=views, **parts)
 
 
-def gather(runs: Runs) -> Material:
+def gather(runs: Runs, kept: Cache | None = None, helpers: Helpers | None = None) -> Material:
     """Read what the report shows; a damaged table costs its run that part and is named.
+
+    Args:
+        kept: what was read before, and is not read again; helpers: processes that share the work.
 
     Raises:
         GradflowError: there is no run at all.
@@ -90,51 +97,15 @@ def gather(runs: Runs) -> Material:
     overview = tables.overview(shown)
     found = Material(members, overview, tables.pairs(shown, overview), probes=probes)
     extras = tables.extra_layers(shown, found.pairs)
-    frames, found.views, damaged = _read(members, overview, extras)
-    for name, frame in frames.items():
+    read = reading.read_all(members, overview, extras, drawn=DRAWN_GROUPS,
+                            kept=kept or Cache(), helpers=helpers or Helpers(1))  # fmt: skip
+    for name, frame in read.frames.items():
         setattr(found, name, frame)
+    found.views = read.views
     told = overview["run_id"].map(captions.diagnosed(found.diagnoses))
     found.overview = overview.assign(diagnosis=told.astype(object).fillna(""))
-    found.problems = list(dict.fromkeys([*problems, *damaged]))
+    found.problems = list(dict.fromkeys([*problems, *read.damaged]))
     return found
-
-
-def _read(
-    members: Sequence[Run], overview: pd.DataFrame, extras: Mapping[str, set[str]]
-) -> tuple[dict[str, pd.DataFrame], dict[str, bytes], list[str]]:
-    """What is shown of the runs' tables, each read once, by name; each run's view, by its id; and
-    what is damaged."""
-    columns = ["run_id", "run", "group", "title", "depth", "arm", "seed"]
-    about: list[dict[str, Any]] = overview[columns].to_dict("records")  # type: ignore[assignment]
-    parts: dict[str, dict[int, pd.DataFrame]] = {name: {} for name in _READERS}
-    packed: dict[str, bytes] = {}
-    damaged: list[tuple[int, str]] = []
-    mapped: set[tuple[Any, ...]] = set()  # arms of which a run has its heatmap
-    for place in _by_preference(overview):
-        run = members[place].held()
-        arm = tuple(about[place][key] for key in ("group", "depth", "arm"))
-        for name, read in _READERS.items():
-            if name == "heat" and (arm in mapped or place not in parts["profiles"]):
-                continue
-            try:
-                part = read(run, extras.get(run.path.name, set()))
-            except StoreError as error:
-                damaged.append((place, str(error)))
-                continue
-            if len(part):
-                depth = pd.array([about[place]["depth"]] * len(part), "Int64")
-                parts[name][place] = part.assign(**about[place] | {"depth": depth})
-        with contextlib.suppress(StoreError):  # named above
-            lacking = extras.get(run.path.name, set())
-            view = views.pack(run, lacking, size=views.share(len(members)))
-            packed |= {run.run_id: view} if view else {}
-        mapped |= {arm} if place in parts["profiles"] else set()
-    frames = {
-        name: pd.concat([found[place] for place in sorted(found)], ignore_index=True)
-        for name, found in parts.items()
-        if found
-    }
-    return frames, packed, [line for _, line in sorted(damaged)]
 
 
 def _is_probe(run: Run) -> bool:
@@ -178,82 +149,6 @@ def _remarks(overview: pd.DataFrame) -> Iterator[str]:
             yield f"{row['path']}: has no final training error"
         if row["match"].startswith("not "):
             yield f"{row['path']}: {row['match']}"
-
-
-def _by_preference(overview: pd.DataFrame) -> list[int]:
-    """The rows, those first that stand for their arm where one run is shown: the lowest seed
-    done."""
-    order = overview.assign(late=overview["status"] != "done").sort_values(
-        ["late", "seed"],
-        key=lambda column: column.map(lambda v: (v is None, str(v))),
-        kind="stable",
-    )
-    return list(order.index)
-
-
-def _profiles(run: Run, extras: set[str]) -> pd.DataFrame:
-    steps = tables.moments(run.steps_of("weights"))
-    frame = run.with_modules("weights", steps)
-    if QUANTITY not in frame:
-        return pd.DataFrame()
-    names = ["first", "middle", "last"][: len(steps)] if len(steps) != 2 else ["first", "last"]
-    return tables.profile(frame, extras=extras).assign(
-        moment=lambda f: f["step"].map(dict(zip(steps, names, strict=True)))
-    )
-
-
-def _heat(run: Run, extras: set[str]) -> pd.DataFrame:
-    steps = tables.spread(run.steps_of("weights"))
-    frame = run.with_modules("weights", steps) if len(steps) > 1 else pd.DataFrame()
-    return tables.profile(frame, extras=extras) if QUANTITY in frame else pd.DataFrame()
-
-
-def _blocks(run: Run, _: set[str]) -> pd.DataFrame:
-    steps = run.steps_of("blocks")
-    if not steps.size:
-        return pd.DataFrame()
-    frame = run.with_modules("blocks", steps[[0, -1]])
-    moment = np.where(frame["step"].to_numpy(dtype=int) == steps[0], "first", "last")
-    return frame.assign(moment=moment)
-
-
-def _curves(run: Run, _: set[str]) -> pd.DataFrame:
-    steps, evaluations = run.frame("steps"), run.frame("evaluations")
-    parts = []
-    columns = ("measure", "split", "final")
-    splits = set(evaluations["split"]) if len(evaluations) else set()
-    for measure in ("loss", "accuracy"):
-        if measure in steps and not (measure == "accuracy" and "train_batches" in splits):
-            curve = tables.binned(steps, measure).rename(columns={measure: "value"})
-            parts.append(curve.assign(**dict(zip(columns, (measure, "train", False), strict=True))))
-        if measure not in evaluations:
-            continue
-        for split, shown in (("train_batches", "train"), ("test", "test"), ("train", "train")):
-            if measure == "loss" and split != "test":
-                continue  # the loss of each step says more, and in the mode of training
-            rows = evaluations[evaluations["split"] == split]
-            part = tables.measured(rows, measure)[["step", measure]]
-            final = split == "train"
-            parts.append(
-                part.tail(1 if final else len(part))
-                .rename(columns={measure: "value"})
-                .assign(**dict(zip(columns, (measure, shown, final), strict=True)))
-            )
-    parts = [part for part in parts if len(part)]
-    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return frame.astype({"step": int, "value": float}) if len(frame) else frame
-
-
-_READERS: dict[str, Callable[[Run, set[str]], pd.DataFrame]] = {
-    "profiles": _profiles,
-    "curves": _curves,
-    "blocks": _blocks,
-    "diagnoses": lambda run, _: diagnosis.diagnoses(run),
-    "stories": lambda run, _: flight.stories(run),
-    "heat": _heat,
-}
-"""What is read of a run, given the layers that other runs of its comparison lack; of the heatmaps,
-last, one run each."""
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -303,20 +198,39 @@ def _text_table(frame: pd.DataFrame) -> str:
 
 
 def write_report(
-    runs: Runs, out: str | Path = "report", *, findings: Iterable[Finding] = ()
+    runs: Runs,
+    out: str | Path = "report",
+    *,
+    findings: Iterable[Finding] = (),
+    processes: int | None = None,
 ) -> Path:
     """Write `out/index.html`, self-contained, with `out/figures/` and `out/tables/`; its path.
 
-    An older report is replaced file by file once the new one is whole, the page last.
+    An older report is replaced file by file once the new one is whole, the page last. What was
+    derived of each run is kept in `out/.cache/`, so that the next report reads only what changed.
 
     Args:
         findings: published findings; where any of their runs is there, `out/atlas.html` tells what
             became of them all.
+        processes: how many read and draw, this one included; by default one a core, up to four.
 
     Raises:
         GradflowError: no run that can be read, or `out` cannot be written.
     """
-    return _write(gather(runs), out, _entries(runs, findings))
+    return _make(runs, out, _entries(runs, findings), processes)[1]
+
+
+def _make(
+    runs: Runs, out: str | Path, entries: Sequence[atlas.Entry], processes: int | None = None
+) -> tuple[Material, Path]:
+    kept = Cache(Path(out) / cache.DIRECTORY)
+    with Helpers(processes, ["gradflow.reading", "gradflow.plots"]) as helpers:
+        if len(runs) >= MANY:
+            helpers.start()  # it loads its modules while this process lists the runs
+        found = gather(runs, kept, helpers)
+        page = _write(found, out, entries, kept, helpers)
+    kept.prune()
+    return found, page
 
 
 def _entries(runs: Runs, findings: Iterable[Finding]) -> list[atlas.Entry]:
@@ -325,11 +239,13 @@ def _entries(runs: Runs, findings: Iterable[Finding]) -> list[atlas.Entry]:
     return entries if any(entry.ran for entry in entries) else []
 
 
-def _write(found: Material, out: str | Path, entries: Sequence[atlas.Entry] = ()) -> Path:
+def _write(
+    found: Material, out: str | Path, entries: Sequence[atlas.Entry], kept: Cache, helpers: Helpers
+) -> Path:
     def compose(directory: Path) -> None:
         if entries:
             atlas.write(directory, entries)
-        page = Page(directory)
+        page = Page(directory, kept, helpers)
         if entries:
             page.text(atlas.summary(entries))
         if found.members:
@@ -347,9 +263,10 @@ def _title(found: Material) -> str:
     if not found.members:
         return "Recorded runs"
     depths = sorted(found.overview["depth"].dropna().unique())
-    arms = " and ".join(tables.ordered(found.overview["arm"]))
     if not depths:
         return "Recorded runs"
+    *others, last = tables.ordered(found.overview["arm"])
+    arms = f"{', '.join(others)} and {last}" if others else last
     return f"{arms[0].upper()}{arms[1:]} networks of depth {', '.join(map(str, depths))}"
 
 
@@ -399,9 +316,9 @@ def _write_tables(page: Page, found: Material) -> None:
         page.csv("stories", found.stories)
     for name in ("profiles", "curves"):
         if len(frame := getattr(found, name)):
-            page.csv(name, frame, missing="NaN")  # measured: what was not, has no row
+            page.csv(name, frame, missing="NaN", by="group")  # measured: what was not, has no row
     if len(found.blocks):
-        page.csv("blocks", found.blocks)
+        page.csv("blocks", found.blocks, by="group")
     if len(found.profiles):
         page.csv("rates", tables.rates(found.profiles))
 
@@ -475,13 +392,11 @@ def _index(found: Material) -> dict[str, Any]:
 
 
 def _question(page: Page, groups: list[Material], drawn: int) -> None:
-    from gradflow import plots  # takes as long to load as all else: not for a text
-
     page.section("comparison", "Does depth hurt, and how much does a skip help?", "Depth and skips")
     compared = [(group, tables.comparison(group.overview, group.pairs)) for group in groups]
     compared = [(group, words) for group, words in compared if len(words)]
     if not compared:
-        page.text("No run has a final training error yet.")
+        page.text("No run has a final training error.")
     else:
         page.text(
             "Training accuracy at the end, from an evaluation-mode pass over the whole training "
@@ -498,7 +413,7 @@ def _question(page: Page, groups: list[Material], drawn: int) -> None:
             continue
         page.figure(
             f"degradation{_number(group)}",
-            plots.degradation(group.overview, lines, title=title),
+            sketch("degradation", group.overview, lines, title=title),
             "Final training and test error against depth, by arm.",
             f"Final error against depth; it depends on the learning rate and the number of "
             f"updates. {_INTERVALS}{captions.crosses(group.overview)} {_under(group)}",
@@ -563,8 +478,6 @@ def _profile_section(
 def _profile_figures(
     page: Page, group: Material, frame: pd.DataFrame, moment: str, title: str
 ) -> None:
-    from gradflow import plots  # takes as long to load as all else: not for a text
-
     when = tables.when(frame["step"])
     about = f"One line a run. {_under(group)}"
     families = set(frame["family"])
@@ -573,7 +486,7 @@ def _profile_figures(
         weights = frame[frame["family"] == tables.WEIGHT][QUANTITY]
         page.figure(
             f"profile-{moment}{_number(group)}",
-            plots.profile(frame, title=title),
+            sketch("profile", frame, title=title),
             f"Norm of each layer's weight gradient against its place, {when}, by arm and depth.",
             f"L2 norm of the gradient of each convolution's and linear layer's parameters, {when}, "
             f"from the input on; dotted lines where the stage changes. {captions.ratios(words)}"
@@ -584,7 +497,7 @@ def _profile_figures(
         norms = frame[frame["family"] == tables.NORM][QUANTITY]
         page.figure(
             f"profile-norm-{moment}{_number(group)}",
-            plots.profile(frame, family=tables.NORM, title=title),
+            sketch("profile", frame, family=tables.NORM, title=title),
             f"Norm of each normalisation layer's parameter gradient, {when}, by arm and depth.",
             f"The same for normalisation layers (and parameters of other modules), {when}."
             f"{captions.marks(norms)}{captions.aside(frame)} {about}",
@@ -609,8 +522,6 @@ def _rate_columns(words: pd.DataFrame) -> pd.DataFrame:
 
 
 def _heat_section(page: Page, groups: list[Material]) -> None:
-    from gradflow import plots  # takes as long to load as all else: not for a text
-
     parts = [group for group in groups if len(group.heat)]
     if not parts:
         return
@@ -622,7 +533,7 @@ def _heat_section(page: Page, groups: list[Material]) -> None:
         weights = group.heat[group.heat["family"] == tables.WEIGHT][QUANTITY]
         page.figure(
             f"heatmap{_number(group)}",
-            plots.heatmap(group.heat, title=title),
+            sketch("heatmap", group.heat, title=title),
             "Heatmaps of the weight-gradient norm over layer and step, by depth and arm.",
             "L2 norm of the weight gradient of convolutions and linear layers over training; one "
             f"run a panel ({which}). Grey: not recorded.{captions.marks(weights)}"
@@ -631,8 +542,6 @@ def _heat_section(page: Page, groups: list[Material]) -> None:
 
 
 def _curve_section(page: Page, groups: list[Material]) -> None:
-    from gradflow import plots  # takes as long to load as all else: not for a text
-
     parts = [g for g in groups if len(g.curves) and g.curves["step"].nunique() > 1]
     if not parts:
         return
@@ -641,7 +550,7 @@ def _curve_section(page: Page, groups: list[Material]) -> None:
         title = _heading(page, group)
         page.figure(
             f"curves{_number(group)}",
-            plots.curves(group.curves, title=title),
+            sketch("curves", group.curves, title=title),
             "Training loss, training accuracy and test accuracy by step, by depth and arm.",
             "Loss of the training batches (means over up to a hundredth of the run), accuracy on "
             "the training batches in training mode, and test accuracy where it was evaluated. "
@@ -651,8 +560,6 @@ def _curve_section(page: Page, groups: list[Material]) -> None:
 
 
 def _benefit_section(page: Page, groups: list[Material]) -> None:
-    from gradflow import plots  # takes as long to load as all else: not for a text
-
     parts = [(group, tables.benefit(group.pairs)) for group in groups]
     if not any(len(lines) for _, lines in parts):
         return
@@ -663,7 +570,7 @@ def _benefit_section(page: Page, groups: list[Material]) -> None:
         title = _heading(page, group)
         page.figure(
             f"benefit{_number(group)}",
-            plots.benefit(group.pairs, lines, title=title),
+            sketch("benefit", group.pairs, lines, title=title),
             "Plain error minus the error with a skip, by depth.",
             "Final error of the plain network minus that of its partner of equal depth and seed: "
             f"above zero the skip helps. {_INTERVALS} {_under(group)}",
@@ -671,8 +578,6 @@ def _benefit_section(page: Page, groups: list[Material]) -> None:
 
 
 def _block_section(page: Page, groups: list[Material]) -> None:
-    from gradflow import plots  # takes as long to load as all else: not for a text
-
     parts = [
         (group, arm, group.blocks[group.blocks["arm"] == arm])
         for group in groups
@@ -690,7 +595,7 @@ def _block_section(page: Page, groups: list[Material]) -> None:
             when = tables.when(here["step"])
             page.figure(
                 f"blocks-{re.sub('[^a-z0-9]+', '-', arm.lower())}-{moment}{_number(group)}",
-                plots.blocks(here, title=", ".join(filter(None, [arm, title]))),
+                sketch("blocks", here, title=", ".join(filter(None, [arm, title]))),
                 f"Size of branch and skip in each block, {arm} networks, {when}.",
                 f"What the two terms of each block's sum carry, {arm} networks, {when}: root mean "
                 "square of the values forward, L2 norm of the gradients backward (loss / output). "
@@ -833,19 +738,38 @@ def main(
     )
     parser.add_argument("--out", default="report", metavar="DIR", help="where to write (report)")
     parser.add_argument("--text", action="store_true", help="print a text, write nothing")
+    parser.add_argument(
+        "--serve", action="store_true", help="show the page under a URL, and renew it as runs go on"
+    )
+    parser.add_argument("--host", default=serve.HOST, help="with --serve: where (127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, default=serve.PORT, help="with --serve: 0 is any (8000)"
+    )
     options = parser.parse_args(argv)
+    if options.text and options.serve:
+        parser.error("--text and --serve: one of them")
+
+    def make() -> tuple[Material, list[atlas.Entry], Path]:
+        runs = load_runs(*options.runs)
+        _check_any(runs, options.runs)
+        entries = _entries(runs, findings().values())
+        found, page = _make(runs, options.out, entries)
+        return found, entries, page
+
     try:
         if options.text:
             _print_text(options.runs)
             return 0
-        runs = load_runs(*options.runs)
-        _check_any(runs, options.runs)
-        entries = _entries(runs, findings().values())
-        found = gather(runs)
-        page = _write(found, options.out, entries)
+        if options.serve:
+            where = {"host": options.host, "port": options.port}
+            return serve.serve(options.runs, options.out, lambda: make()[-1], **where)
+        found, entries, page = make()
     except GradflowError as error:
         print(f"gradflow: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("gradflow: interrupted", file=sys.stderr)
+        return 130
     for line in found.problems:
         print(f"passed over: {line}", file=sys.stderr)
     print(_comparison_text(found.overview, found.pairs), end="\n\n")

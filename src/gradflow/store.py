@@ -1071,10 +1071,7 @@ def load_runs(*runs_dirs: str | Path) -> Runs:
     for directory in map(Path, runs_dirs or ("runs",)):
         if not directory.is_dir():
             raise StoreError(f"{directory}: no such directory of runs")
-        candidates = (
-            [directory] if (directory / "run.json").exists() else _subdirectories(directory)
-        )
-        for path in candidates:
+        for path in run_directories(directory):
             paths.setdefault(path.resolve(), path)
     members, problems = [], []
     for path in paths.values():
@@ -1085,5 +1082,8 @@ def load_runs(*runs_dirs: str | Path) -> Runs:
     return Runs(members, problems)
 
 
-def _subdirectories(directory: Path) -> list[Path]:
+def run_directories(directory: Path) -> list[Path]:
+    """Where runs may lie: the directory itself, if it is one, else those directly below it."""
+    if (directory / "run.json").exists():
+        return [directory]
     return sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))

@@ -790,36 +790,73 @@ def layer_rate(frame: pd.DataFrame, quantity: str = "weight_grad_norm") -> Rate:
     The chain is that of same-shaped convolutions of the first stage that has five of them; of
     linear layers where there are no convolutions.
     """
-    for kind in ("conv", "linear"):
-        layers = frame[frame["kind"] == kind].sort_values("position")
-        if len(layers) < 2:
-            continue
-        values = layers[quantity].to_numpy(dtype=float)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ends = float(np.divide(values[0], values[-1]))
-        chains = [
-            part
-            for _, part in layers.groupby(["stage", "shape"], sort=True)
-            if len(part) >= MIN_LAYERS
-        ]
-        if not chains:
-            reason = _broken(values) or f"fewer than {MIN_LAYERS} like layers in a stage"
-            return Rate(reason=reason, kind=kind, first_last=ends, layers=len(layers))
-        chain = chains[0]  # of the lowest stage
-        stage = int(chain["stage"].iloc[0])
-        return replace(fit_rate(chain[quantity]), stage=stage, kind=kind, first_last=ends)
-    return Rate(reason="fewer than two convolutions or linear layers")
+    return _Layers.of(frame, quantity).rate(np.arange(len(frame)))
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Columns of a profile as arrays: frames of a few rows take longer to cut than to fit."""
+
+    kinds: Mapping[str, NDArray[np.bool_]]
+    positions: NDArray[np.float64]
+    chains: NDArray[np.int64]
+    stages: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, quantity: str) -> _Layers:
+        kinds = {
+            kind: (frame["kind"] == kind).to_numpy(dtype=bool, na_value=False)
+            for kind in ("conv", "linear")
+        }
+        # Numbered by stage, then by shape; −1 where one of them is unknown.
+        chains = frame.groupby(["stage", "shape"], sort=True).ngroup().to_numpy(na_value=-1)
+        return cls(
+            kinds,
+            frame["position"].to_numpy(dtype=float, na_value=np.nan),
+            chains.astype(np.int64),
+            frame["stage"].to_numpy(dtype=float, na_value=np.nan),
+            frame[quantity].to_numpy(dtype=float),
+        )
+
+    def rate(self, rows: NDArray[np.int64]) -> Rate:
+        """`layer_rate` of these rows."""
+        for kind, known in self.kinds.items():
+            here = rows[known[rows]]
+            here = here[np.argsort(self.positions[here], kind="stable")]
+            if len(here) < 2:
+                continue
+            values, chains = self.values[here], self.chains[here]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ends = float(np.divide(values[0], values[-1]))
+            known_chains, counts = np.unique(chains[chains >= 0], return_counts=True)
+            long = known_chains[counts >= MIN_LAYERS]
+            if not long.size:
+                reason = _broken(values) or f"fewer than {MIN_LAYERS} like layers in a stage"
+                return Rate(reason=reason, kind=kind, first_last=ends, layers=len(here))
+            chain = chains == long[0]  # of the lowest stage
+            stage = int(self.stages[here[chain][0]])
+            return replace(fit_rate(values[chain]), stage=stage, kind=kind, first_last=ends)
+        return Rate(reason="fewer than two convolutions or linear layers")
 
 
 def rates(frame: pd.DataFrame) -> pd.DataFrame:
     """`layer_rate` of each run and step of a `profile`, beside the zeros and non-finite values."""
-    rows = []
     weights = frame[frame["family"] == WEIGHT]
+    if weights.empty:
+        return _with_depth(pd.DataFrame())
+    layers = _Layers.of(weights, "weight_grad_norm")
+    keys = ["run_id", "step"]
+    number = weights.groupby(keys, sort=False).ngroup().to_numpy()
+    order = np.argsort(number, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
     carried = [c for c in ("group", "title", "depth", "arm", "seed") if c in frame]
-    for (run_id, step), part in weights.groupby(["run_id", "step"], sort=False):
-        rate, values = layer_rate(part), part["weight_grad_norm"].to_numpy()
+    about = weights[[*keys, *carried]].iloc[[part[0] for part in parts]].to_dict("records")
+    rows = []
+    for named, part in zip(about, parts, strict=True):
+        rate, values = layers.rate(part), layers.values[part]
         rows.append(
-            {"run_id": run_id, "step": step, **part[carried].iloc[0].to_dict()}
+            named
             | {"factor": rate.factor, "low": rate.low, "high": rate.high}
             | {"trend": rate.trend, "reason": rate.reason}
             | {"kind": rate.kind, "stage": rate.stage, "layers": rate.layers}

@@ -16,6 +16,8 @@ from gradflow.page import Card
 from gradflow.tables import Interval, interval
 
 HURTS, HELPS, NEITHER = "hurts", "helps", "neither"
+DEEPEST_LOST = "The deepest diverged"
+LOST = "No pair has both final errors"
 
 
 def cards(overview: pd.DataFrame, pairs: pd.DataFrame, diagnoses: pd.DataFrame) -> list[Card]:
@@ -25,10 +27,11 @@ def cards(overview: pd.DataFrame, pairs: pd.DataFrame, diagnoses: pd.DataFrame) 
         overview: `tables.overview` of the group; pairs: its `tables.pairs`; diagnoses: those of its
             runs, with depth, arm and seed.
     """
-    arms = [arm for arm in tables.ordered(overview["arm"]) if arm != "unnamed"]
+    every = tables.ordered(overview["arm"])
+    arms = [arm for arm in every if arm != "unnamed"]
     depth = [card for arm in arms if (card := _of_depth(overview, arm))]
     skip = [card for arm in arms if (card := _of_skip(overview, pairs, arm))]
-    return [*depth, *skip, *_of_gradient(diagnoses, arms)]
+    return [*depth, *skip, *_of_gradient(diagnoses, every)]
 
 
 def sign(found: Interval) -> int:
@@ -62,27 +65,33 @@ def depth_effect(overview: pd.DataFrame, arm: str) -> tuple[int, int, Interval] 
 
 
 def _of_depth(overview: pd.DataFrame, arm: str) -> Card | None:
-    effect = depth_effect(overview, arm)
+    effect, lost = depth_effect(overview, arm), _diverged(overview, [arm])
+    asked = f"Does depth hurt {arm} networks?"
+    ended = overview.loc[(overview["arm"] == arm) & overview["train_error"].notna(), "depth"]
+    beyond = lost[lost["depth"] > ended.max()] if ended.notna().any() else lost[:0]
     if effect is None:
-        return None
+        return Card(asked, DEEPEST_LOST, f"{_told(lost)}.", NEITHER) if len(beyond) else None
     shallow, deep, found = effect
     word, kind = {
         1: ("Yes: more training error", HURTS),
         -1: ("No: less training error", HELPS),
         0: (_undecided(found), NEITHER),
     }[sign(found)]
+    if len(beyond):
+        word, kind = DEEPEST_LOST, NEITHER
     rests = f"training error {found.words(sign=True)} from depth {shallow} to {deep}"
-    lost = _diverged(overview, arm, deep)
-    return Card(f"Does depth hurt {arm} networks?", word, f"{rests}{lost}.", kind)
+    return Card(asked, word, f"{'; '.join(filter(None, [rests, _told(lost)]))}.", kind)
 
 
 def _of_skip(overview: pd.DataFrame, pairs: pd.DataFrame, arm: str) -> Card | None:
     rows = pairs[(pairs["arm"] == arm) & pairs["train_difference"].notna()] if len(pairs) else pairs
-    rows = rows[rows["depth"].notna()]
-    if rows.empty:
-        return None
+    asked = f"Does the skip help ({arm})?"
+    lost = _diverged(overview, [tables.PLAIN, arm])
+    if rows.empty or rows["depth"].isna().all():
+        both = arm != tables.PLAIN and {tables.PLAIN, arm} <= set(overview["arm"])
+        return Card(asked, LOST, f"{_told(lost)}.", NEITHER) if both and len(lost) else None
+    rows = rows[rows["depth"] == rows["depth"].max()]
     deep = int(rows["depth"].max())
-    rows = rows[rows["depth"] == deep]
     found = interval(rows["train_difference"].to_numpy(dtype=float))
     word, kind = {
         1: ("Yes: less training error", HELPS),
@@ -92,17 +101,20 @@ def _of_skip(overview: pd.DataFrame, pairs: pd.DataFrame, arm: str) -> Card | No
     ids = dict(zip(overview["run"], overview["run_id"], strict=True))
     first = rows.iloc[0]
     rests = f"plain error minus {arm} error, depth {deep}: {found.words(sign=True)}"
-    lost = _diverged(overview, tables.PLAIN, deep)
+    told = _told(lost[lost["depth"] >= deep])
     return Card(
-        f"Does the skip help ({arm})?", word, f"{rests}{lost}.", kind,
+        asked, word, f"{'; '.join(filter(None, [rests, told]))}.", kind,
         (str(ids[first["plain_run"]]), str(ids[first["run"]])),
     )  # fmt: skip
 
 
-def _diverged(overview: pd.DataFrame, arm: str, depth: int) -> str:
+def _diverged(overview: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
     lost = tables.diverged(overview)
-    here = lost[(lost["arm"] == arm) & (lost["depth"] == depth)]
-    return f"; {arm}, depth {depth}: {here['text'].iloc[0]}" if len(here) else ""
+    return lost[lost["arm"].isin(arms)].sort_values("depth")
+
+
+def _told(lost: pd.DataFrame) -> str:
+    return "; ".join(f"{row.arm}, depth {row.depth}: {row.text}" for row in lost.itertuples())
 
 
 def _of_gradient(diagnoses: pd.DataFrame, arms: list[str]) -> list[Card]:
@@ -124,8 +136,9 @@ def _of_gradient(diagnoses: pd.DataFrame, arms: list[str]) -> list[Card]:
     shown = (ill if len(ill) else evidence).iloc[0]
     deep = rows["depth"].max() if len(known) else np.nan
     where = "" if pd.isna(deep) else f", depth {int(deep)}"
-    word = "; ".join(f"{arm}: {words}" for arm, words in told.items())
-    because = f"{shown['arm']}: {shown['sentence']}."
+    named = arms != ["unnamed"]
+    word = "; ".join(f"{arm}: {words}" if named else words for arm, words in told.items())
+    because = f"{shown['arm']}: {shown['sentence']}." if named else f"{shown['sentence']}."
     return [
         Card(f"The gradient at the first step{where}", word, because, HURTS if len(ill) else HELPS)
     ]

@@ -63,10 +63,11 @@ def pack(run: Run, extras: Iterable[str] = (), *, size: int = RUN_BYTES) -> byte
     counts = {name: _quantities(run.table(name)) for name in _TABLES}
     every = [quantity for found in counts.values() for quantity in found]
     header: dict[str, Any] = {"tables": {}, "curves": {}}
+    placed: dict[tuple[str, ...], pd.DataFrame] = {}
     for name, quantities in counts.items():
         if not quantities:
             continue
-        layers = _layers(run, name, set(extras))
+        layers = _layers(run, name, set(extras), placed)
         found: dict[str, Any] = {
             label: layers[label].tolist() for label in ("layer", "kind", "family", "ordinal")
         } | {"quantities": {}}
@@ -98,8 +99,13 @@ def _quantities(data: pa.Table | None) -> list[str]:
     return sorted(names, key=lambda name: name != MAIN)
 
 
-def _layers(run: Run, name: str, extras: set[str]) -> pd.DataFrame:
-    """layer, kind, family and ordinal of a table's layers, by family and place."""
+def _layers(
+    run: Run, name: str, extras: set[str], placed: dict[tuple[str, ...], pd.DataFrame]
+) -> pd.DataFrame:
+    """layer, kind, family and ordinal of a table's layers, by family and place.
+
+    `placed` has those of another table of the same layers: to place them is half of a view's time.
+    """
     data = run.table(name)
     assert data is not None
     present = pa.table({"layer": pc.unique(data["layer"]).cast(pa.string())})
@@ -109,8 +115,11 @@ def _layers(run: Run, name: str, extras: set[str]) -> pd.DataFrame:
     if name == "blocks":
         known = known.sort_values("position").assign(family=tables.BLOCK)
         return known.assign(ordinal=range(1, len(known) + 1))
-    rows = tables.profile(known.assign(step=0, there=1.0), "there", extras=extras)
-    return rows.sort_values(["family", "ordinal"], ignore_index=True)
+    names = tuple(map(str, known["layer"]))
+    if names not in placed:
+        rows = tables.profile(known.assign(step=0, there=1.0), "there", extras=extras)
+        placed[names] = rows.sort_values(["family", "ordinal"], ignore_index=True)
+    return placed[names]
 
 
 def _matrix(
@@ -162,7 +171,7 @@ def layered(run: Run, quantity: str, *, step: int = 0, extras: Iterable[str] = (
     steps = np.union1d(tables.spread(known), tables.nearest(known, step))
     data = data.filter(pc.is_in(data["step"], value_set=pa.array(steps, data["step"].type)))
     rows = schema.to_pandas(data).astype({"step": int, "layer": str})
-    layers = _layers(run, name, set(extras))[["layer", "family", "ordinal"]]
+    layers = _layers(run, name, set(extras), {})[["layer", "family", "ordinal"]]
     return rows.merge(layers.astype({"layer": str}), on="layer")
 
 

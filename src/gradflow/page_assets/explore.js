@@ -40,12 +40,15 @@
     $("x-group-label").hidden = groups.length < 2;
   }
 
-  // The partner that differs in the skip alone: of a plain run its first arm, else the plain one.
+  // Those that differ from a run in the skip alone.
+  const partners = (run) => members().filter((one) => run.depth !== null && run.seed !== null
+    && one.depth === run.depth && one.seed === run.seed && one.arm !== run.arm);
+
+  // Beside a run: of a plain one its first arm, else the plain one; any other where it has no partner.
   function partner(run) {
-    const others = members().filter((one) => one.depth === run.depth && one.seed === run.seed
-      && one.arm !== run.arm);
+    const others = partners(run);
     return others.find((one) => one.arm === PLAIN) ?? others.find((one) => one.arm === "residual")
-      ?? others[0] ?? members().find((one) => one !== run) ?? run;
+      ?? others[0] ?? members().find((one) => one !== run) ?? null;
   }
 
   function firstRun() {
@@ -60,7 +63,15 @@
     sides.a.run = known(sides.a.run?.id) ?? firstRun() ?? null;
     const b = known(sides.b.run?.id);
     sides.b.run = $("linked").checked || !b ? (sides.a.run ? partner(sides.a.run) : null) : b;
+    fillPickers();
+  }
+
+  function fillPickers() {
     for (const side of ["a", "b"]) fillPicker(side);
+    const paired = Boolean(sides.a.run && partners(sides.a.run).length);
+    $("b-picker").hidden = $("b-heat").hidden = !sides.b.run;
+    $("linked-label").hidden = !paired;
+    $("unpaired").hidden = paired;
   }
 
   function fillPicker(side) {
@@ -549,7 +560,7 @@
     sides[side].run = gradflow.runs.get(id);
     if (side === "a" && $("linked").checked) sides.b.run = partner(sides.a.run);
     if (side === "b") $("linked").checked = sides.b.run === partner(sides.a.run) && $("linked").checked;
-    for (const one of ["a", "b"]) fillPicker(one);
+    fillPickers();
     redraw();
   }
 
