@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradflow import captions, plots, tables, views
+from gradflow import captions, plots, styles, tables, views
 from gradflow.errors import GradflowError
 from gradflow.store import Run, Runs
 
@@ -97,7 +97,7 @@ def compare(options: argparse.Namespace) -> None:
     if alike and str(rows[0]["seed"]) == str(rows[1]["seed"]):
         print(f"certificate: {tables.match(a, b)}")
     print(f"conditions: {captions.conditions([a, b])}")
-    print(f"\n{plots.label(quantity)}, {tables.when(steps)}\n")
+    print(f"\n{styles.label(quantity)}, {tables.when(steps)}\n")
     print(ends(frames, quantity, steps).to_string(index=False), end="\n\n")
     stem = f"comparison-{a.run_id}-{b.run_id}-{quantity}-step{steps[0]}"
     write(figure, options.out, stem)

@@ -49,6 +49,7 @@ from gradflow.recording import quantities
 from gradflow.recording.quantities import QUANTITIES
 from gradflow.recording.schedules import Schedule, every
 from gradflow.run import set_up_process
+from gradflow.styles import style
 
 STEPS, WARM_UP = 200, 12
 
@@ -489,7 +490,7 @@ def figure(frame: pd.DataFrame, caption: str) -> Figure:
         fontsize=8,
     )
     handles = [
-        Line2D([], [], color=plots.style(arm)[0], marker=plots.style(arm)[2], label=label)
+        Line2D([], [], color=style(arm)[0], marker=style(arm)[2], label=label)
         for arm, label in (("residual", "gradflow"), ("plain", "others"))
     ]
     hollow = {"color": "0.3", "linestyle": "", "marker": "|", "markersize": 8}
@@ -507,7 +508,7 @@ def _panel(ax: Axes, part: pd.DataFrame, arms: list[str]) -> None:
     for place, arm in enumerate(arms):
         if arm not in known:
             continue
-        color, _, marker = plots.style("residual" if ARMS[arm].ours else "plain")
+        color, _, marker = style("residual" if ARMS[arm].ours else "plain")
         median, low, high, mean = known[arm]
         ax.plot([low, high], [place, place], color=color, linewidth=1.4)
         ax.plot(median, place, marker, color=color, markersize=4)

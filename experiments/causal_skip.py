@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradflow import styles
 from gradflow.findings import (
     FIRST_SEED,
     TRAINED_SEEDS,
@@ -346,8 +347,6 @@ def _draw(find: Lookup) -> Drawing:
 
 
 def _draw_accuracies(ax: Axes, find: Lookup) -> None:
-    from gradflow import plots
-
     groups = [(depth, where) for depth, where in ((20, ""), (56, ""), (DEEP, ""), (20, BARE),
               (56, DIGITS)) if best_rate(find, "plain", depth, where) is not None]  # fmt: skip
     for place, (depth, where) in enumerate(groups):
@@ -361,7 +360,7 @@ def _draw_accuracies(ax: Axes, find: Lookup) -> None:
             rate = best_rate(find, name, depth, where)
             if rate is not None:
                 arm = label(name, depth, rate, where)
-                _draw_arm(ax, find, arm, place + (shift - 1.5) * 0.2, plots.style(name))
+                _draw_arm(ax, find, arm, place + (shift - 1.5) * 0.2, styles.style(name))
     ax.set_xticks(
         range(len(groups)),
         [f"depth {depth}{where.replace(', ', chr(10))}" for depth, where in groups],
@@ -388,11 +387,9 @@ def _legend(ax: Axes) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    from gradflow import plots
-
     handles: list[Any] = []
     for name in ARMS.values():
-        color, _, marker = plots.style(name)
+        color, _, marker = styles.style(name)
         handles.append(
             Line2D([], [], color=color, marker=marker, linestyle="", markersize=5, label=name)
         )
@@ -407,10 +404,8 @@ def _legend(ax: Axes) -> None:
 def _draw_lines(
     ax: Axes, find: Lookup, title: str, what: str, read: Callable[[Record], Array]
 ) -> None:
-    from gradflow import plots
-
     for name in ARMS.values():
-        color, dashes, _ = plots.style(name)
+        color, dashes, _ = styles.style(name)
         for record in records(find, label(name, 56)):
             values = read(record)
             shown = np.where(np.isfinite(values) & (values > 0), values, np.nan)
@@ -423,14 +418,12 @@ def _draw_lines(
 
 
 def _draw_doses(ax: Axes, find: Lookup) -> None:
-    from gradflow import plots
-
     ends = {"a": ("backward only", "residual"), "b": ("forward only", "residual")}
     names = {"a": "forward, a", "b": "backward, b"}
     for half, (none, whole) in ends.items():
         places = [0.0, *DOSES, 1.0]
         labels = [label(none, 56), *(f"dose {half}={d:g}" for d in DOSES), label(whole, 56)]
-        color, dashes, marker = plots.style("forward only" if half == "a" else "backward only")
+        color, dashes, marker = styles.style("forward only" if half == "a" else "backward only")
         for split, fill, name in (("train", color, names[half]), ("test", "white", None)):
             found = [interval(accuracy(find, arm, split)[:DOSE_SEEDS]) for arm in labels]
             halves = [0.0 if math.isnan(one.half) else one.half for one in found]

@@ -20,6 +20,7 @@ FORBIDDEN = {
             "schema",
             "tables",
             "plots",
+            "styles",
             "captions",
             "diagnosis",
             "report",

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from gradflow import findings, plots, report, tables
+from gradflow import findings, plots, report, styles, tables
 from gradflow.errors import GradflowError
 from gradflow.findings import (
     Comparison,
@@ -160,7 +160,7 @@ def test_a_comparison_draws_both_runs_and_their_ratio():
     assert [list(line.get_ydata()) for line in drawn] == [[1, 2, 4], [1, 100]]
     assert [list(line.get_xdata()) for line in drawn] == [[1, 2, 3], [1, 2]]
     assert [line.get_color() for line in drawn] == [
-        plots.style(n)[0] for n in ("plain", "residual")
+        styles.style(n)[0] for n in ("plain", "residual")
     ]
     level, line = ratio.get_lines()
     assert list(level.get_ydata()) == [1, 1]
@@ -331,10 +331,10 @@ def test_many_depths_wrap_into_rows(tmp_path):
 
 def test_arms_differ_without_colour():
     names = ["plain", "residual", "forward only", "backward only", "rezero", "highway"]
-    styles = plots._styles(names)
-    assert len({str(dashes) for _, dashes, _ in styles.values()}) == len(names)
-    assert len({marker for *_, marker in styles.values()}) == len(names)
-    grey = {n: float(np.dot(to_rgb(styles[n][0]), [0.299, 0.587, 0.114])) for n in names}
+    looks = styles.styles_of(names)
+    assert len({str(dashes) for _, dashes, _ in looks.values()}) == len(names)
+    assert len({marker for *_, marker in looks.values()}) == len(names)
+    grey = {n: float(np.dot(to_rgb(looks[n][0]), [0.299, 0.587, 0.114])) for n in names}
     assert abs(grey["plain"] - grey["residual"]) > 0.15
 
 
@@ -480,11 +480,11 @@ def test_a_profile_of_ones_own_beside_its_theory():
 
 def test_eight_curves_have_colours_of_their_own_and_arms_keep_theirs():
     names = ["plain", "residual", *(f"σ = {k}" for k in range(6))]
-    styles = plots._overlay_styles(names)
-    assert styles["plain"] == plots._STYLES["plain"]
-    assert styles["residual"] == plots._STYLES["residual"]
-    assert len({color for color, *_ in styles.values()}) == 8
-    assert len({marker for *_, marker in styles.values()}) == 8
+    looks = plots._overlay_styles(names)
+    assert looks["plain"] == styles.style("plain")
+    assert looks["residual"] == styles.style("residual")
+    assert len({color for color, *_ in looks.values()}) == 8
+    assert len({marker for *_, marker in looks.values()}) == 8
 
 
 # --- verdicts -------------------------------------------------------------------------------------
@@ -637,7 +637,7 @@ def test_networks_are_drawn_over_their_last_layer():
     )
     figure = plots.across(frame)
     left, right = figure.axes
-    plain = plots.style("plain")[0]
+    plain = styles.style("plain")[0]
     np.testing.assert_allclose(lines(left)[0].get_ydata(), [0.003, 1])
     for ax, mark in ((left, "v"), (right, "x")):
         assert mark in {line.get_marker() for line in ax.lines if line.get_color() == plain}

@@ -16,6 +16,11 @@ from gradflow.tables import Rate, fit_rate, interval
 SPAN = np.linspace(-1, 1, 40)
 
 
+def answered(frame, paired):
+    """What `captions.answers` is given."""
+    return tables.degradation(frame), tables.benefit(paired), tables.diverged(frame)
+
+
 def read(store):
     runs = load_runs(store)
     return runs, tables.overview(runs)
@@ -308,7 +313,7 @@ def test_diverged_seeds_stand_in_the_comparison(tmp_path):
         [20, "0.900, 2 of 3 diverged", "1.000", "+0.100", "1/3", "1 of 1"],
         [56, "3 of 3 diverged", "1.000", "–", "0/3", "no pair"],
     ]
-    assert captions.answers(frame, paired)[-1] == (
+    assert captions.answers(*answered(frame, paired))[-1] == (
         "Of plain networks 2 of 3 diverged at depth 20, 3 of 3 diverged at depth 56: these have "
         "no final error."
     )
@@ -323,7 +328,7 @@ def test_a_group_where_all_diverged_is_compared_too(tmp_path):
     paired = tables.pairs(runs, frame)
     (row,) = tables.comparison(frame, paired).to_dict("records")
     assert (row["arm"], row["plain"], row["seeds"]) == ("–", "1 of 1 diverged", "0")
-    assert captions.answers(frame, paired) == [
+    assert captions.answers(*answered(frame, paired)) == [
         "Of plain networks 1 of 1 diverged at depth 20: these have no final error."
     ]
 

@@ -20,25 +20,28 @@ from gradflow.spec import RunSpec
 from gradflow.store import Run
 
 
-def answers(overview: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
-    """What one group of comparable runs says of depth and skips, in sentences."""
-    lines = []
-    means = tables.degradation(overview)
-    for arm, part in _training(means):
+def answers(lines: pd.DataFrame, gains: pd.DataFrame, lost: pd.DataFrame) -> list[str]:
+    """What one group of comparable runs says of depth and skips, in sentences.
+
+    Args:
+        lines: `tables.degradation` of the group; gains: its `tables.benefit`; lost: its
+            `tables.diverged`.
+    """
+    told = []
+    for arm, part in _training(lines):
         ends = part.iloc[[0, -1]] if len(part) > 1 else part
         errors = [f"{row['text']} at depth {row['depth']}" for _, row in ends.iterrows()]
-        lines.append(f"Final training error of {arm} networks: {', '.join(errors)}.")
-    for arm, part in _training(tables.benefit(pairs)):
+        told.append(f"Final training error of {arm} networks: {', '.join(errors)}.")
+    for arm, part in _training(gains):
         last = part.iloc[-1]
         way = "lower" if last["mean"] > 0 else "higher"
         gap = f"{way} than that of plain ones by {str(last['text']).lstrip('+-')}"
-        told = gap if last["mean"] else f"that of plain ones ({last['text']})"
-        lines.append(f"At depth {last['depth']} the training error of {arm} networks is {told}.")
-    lost = tables.diverged(overview)
+        gap = gap if last["mean"] else f"that of plain ones ({last['text']})"
+        told.append(f"At depth {last['depth']} the training error of {arm} networks is {gap}.")
     for arm in _plain_first(lost["arm"]):
         counts = [f"{r['text']} at depth {r['depth']}" for r in _rows(lost[lost["arm"] == arm])]
-        lines.append(f"Of {arm} networks {', '.join(counts)}: these have no final error.")
-    return lines or ["No run of this group has a final training error."]
+        told.append(f"Of {arm} networks {', '.join(counts)}: these have no final error.")
+    return told or ["No run of this group has a final training error."]
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[Any, Any]]:
@@ -80,9 +83,13 @@ def marks(values: pd.Series) -> str:
     return f" Of {known.size} values drawn {' and '.join(words)}." if words else ""
 
 
-def crosses(overview: pd.DataFrame) -> str:
-    """Says what the crosses of the figure of final errors stand for, if there are any."""
-    if tables.diverged(overview).empty:
+def crosses(lost: pd.DataFrame) -> str:
+    """Says what the crosses of the figure of final errors stand for, if there are any.
+
+    Args:
+        lost: `tables.diverged` of what is drawn.
+    """
+    if lost.empty:
         return ""
     return " Crosses at the upper edge: runs that diverged, and have no final error."
 

@@ -31,7 +31,7 @@ ASSETS = Path(__file__).with_name("page_assets")
 (uPlot.LICENSE) draws lines and axes: 51 kB, where ECharts and Vega take a megabyte and Plotly more
 than four, and ten thousand points in a few milliseconds; it is kept up, and needs nothing else."""
 _THEME = ("theme.js",)
-_EXPLORER = ("uPlot.iife.min.js", "data.js", "charts.js", "explore.js")
+_EXPLORER = ("uPlot.iife.min.js", "data.js", "viridis.js", "charts.js", "explore.js")
 _LIVE = ("live.js",)
 
 

@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, Normalize, to_hex, to_rgb
+from matplotlib.colors import ListedColormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -43,6 +43,7 @@ from gradflow.findings import (
     measured_words,
     region_words,
 )
+from gradflow.styles import KNOWN, OTHERS, Style, label, style, styles_of
 
 WIDTH = 7.2
 """Inches: the width of every figure."""
@@ -83,65 +84,8 @@ _THEME: dict[str, Any] = {
 }
 themed = mpl.rc_context(_THEME)  # type: ignore[arg-type]
 
-# Okabe & Ito's colours; plain and residual are far apart in lightness too.
-_STYLES: dict[str, tuple[str, Any, str]] = {
-    "": ("#00517F", "-", "o"),  # a single record, without arms
-    "plain": ("#D55E00", (0, (4, 1.5)), "s"),
-    "residual": ("#00517F", "-", "o"),
-    "forward only": ("#009E73", (0, (1, 1)), "^"),
-    "backward only": ("#CC79A7", (0, (5, 1, 1, 1)), "v"),
-}
-_OTHER_STYLES: list[tuple[str, Any, str]] = [
-    ("#E69F00", (0, (6, 2, 1, 2, 1, 2)), "D"),
-    ("#56B4E9", (0, (3, 1)), "P"),
-    ("#000000", (0, (1, 2)), "*"),
-    ("#8A8A00", (0, (8, 2)), "<"),
-    ("#777777", (0, (2, 2, 6, 2)), ">"),
-]
 _DASHES = (0, (4, 2))
 _ZERO, _NON_FINITE, _MISSING = "white", "#CC3311", "0.8"
-LABELS = {
-    "weight_grad_norm": "L2 norm of the weight gradient (loss / parameter)",
-    "weight_norm": "L2 norm of the weights",
-    "update_norm": "L2 norm of the update",
-    "output_rms": "RMS of the output",
-    "output_grad_norm": "L2 norm of the output's gradient (loss / output)",
-}
-"""What figures and the page call the quantities that they are most about."""
-
-
-def label(quantity: str) -> str:
-    return LABELS.get(quantity, quantity.replace("_", " "))
-
-
-def _styles(arms: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
-    found = {name: _STYLES[name] for name in arms if name in _STYLES}
-    others = sorted(set(arms) - set(found))
-    return found | {n: _OTHER_STYLES[i % len(_OTHER_STYLES)] for i, n in enumerate(others)}
-
-
-def style(arm: str) -> tuple[str, Any, str]:
-    """Colour, line style and marker of an arm, the same in all figures."""
-    return _styles([arm])[arm]
-
-
-_ON_DARK = {"#00517F": "#6DB9EE", "#D55E00": "#FF8A3D", "#009E73": "#2FCB9F", "#000000": "#DDDDDD",
-            "#8A8A00": "#C9C94A", "#777777": "#A9A9A9"}  # fmt: skip
-"""Colours that a dark page has in place of those that it would swallow."""
-
-
-def screen_styles(arms: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Each arm's colour on a light and on a dark page, and its dashes in pixels."""
-    found = {}
-    for arm, (color, line, _) in _styles(arms).items():
-        dash = [] if line == "-" else [2.5 * part for part in line[1]]
-        found[arm] = {"light": color, "dark": _ON_DARK.get(color, color), "dash": dash}
-    return found
-
-
-def screen_colors() -> list[str]:
-    """The 256 colours of the heatmaps, dark to light."""
-    return [to_hex(color) for color in mpl.colormaps["viridis"].colors]  # type: ignore[attr-defined]
 
 
 def _grid(panels: int, columns: int = 3, height: float = 2.7) -> tuple[Figure, list[Axes]]:
@@ -169,7 +113,7 @@ def _matrix(
     lines: list[list[tuple[Axes, pd.DataFrame]]] = [[] for _ in labels]
     for index in range(total // rows * columns):
         block, column = divmod(index, columns)
-        for row, label in enumerate(labels):
+        for row, words in enumerate(labels):
             ax = axes[block * rows + row, column]
             if index >= len(depths):
                 ax.set_axis_off()
@@ -178,7 +122,7 @@ def _matrix(
             facet, part = depths[index]
             lines[row].append((ax, part))
             ax.set_title(facet if row == 0 else "")
-            ax.set_ylabel(label if column == 0 else "")
+            ax.set_ylabel(words if column == 0 else "")
     return figure, lines
 
 
@@ -194,7 +138,7 @@ def _legend(figure: Figure, handles: Sequence[Any], title: str = "", *, columns:
     legend.get_title().set_multialignment("center")
 
 
-def _line_handle(name: str, style: tuple[str, Any, str]) -> Line2D:
+def _line_handle(name: str, style: Style) -> Line2D:
     color, dashes, marker = style
     return Line2D([], [], color=color, linestyle=dashes, marker=marker, markersize=4, label=name)
 
@@ -239,7 +183,7 @@ def _shown(values: NDArray[np.float64], log: bool) -> NDArray[np.float64]:
 
 
 def _log_line(
-    ax: Axes, x: ArrayLike, y: ArrayLike, style: tuple[str, Any, str], offset: float = 0,
+    ax: Axes, x: ArrayLike, y: ArrayLike, style: Style, offset: float = 0,
     *, log: bool = True,
 ) -> None:  # fmt: skip
     """A line with few markers, those of different arms at different places."""
@@ -339,7 +283,7 @@ def profile(
         panels += [(words, facet, part) for facet, part in _by(here, by)]
     constant = len({words for words, *_ in panels}) == 1
     figure, axes = _grid(len(panels))
-    styles = _styles(data["arm"])
+    styles = styles_of(data["arm"])
     drawn: set[str] = set()
     _log_limits(axes, np.concatenate([part[quantity] for *_, part in panels]))
     for ax, (words, facet, part) in zip(axes, panels, strict=True):
@@ -362,7 +306,7 @@ def _one(family: str) -> str:
 
 
 def _profile_panel(
-    ax: Axes, part: pd.DataFrame, quantity: str, styles: dict[str, tuple[str, Any, str]]
+    ax: Axes, part: pd.DataFrame, quantity: str, styles: dict[str, Style]
 ) -> set[str]:
     drawn: set[str] = set()
     names = list(styles)
@@ -393,8 +337,8 @@ def across(frame: pd.DataFrame, *, title: str = "") -> Figure:
             last), weight_grad_norm, output_grad_norm, in the order of the layers.
     """
     names = dict(frame[["network", "arm"]].drop_duplicates().to_numpy())
-    others = iter(_OTHER_STYLES)
-    styles = {name: _STYLES[arm] if arm else next(others) for name, arm in names.items()}
+    others = iter(OTHERS)
+    styles = {name: KNOWN[arm] if arm else next(others) for name, arm in names.items()}
     figure, axes = _grid(2, columns=2, height=3.9)
     panels = {
         "weight_grad_norm": "gradient of each layer's weights",
@@ -404,10 +348,10 @@ def across(frame: pd.DataFrame, *, title: str = "") -> Figure:
     _log_limits(axes, np.concatenate([share.to_numpy() for share in shares.values()]))
     drawn: set[str] = set()
     for ax, (quantity, words) in zip(axes, panels.items(), strict=True):
-        for name, style in styles.items():
+        for name, look in styles.items():
             here = (frame["network"] == name).to_numpy()
             x, y = frame["place"].to_numpy()[here], shares[quantity].to_numpy()[here]
-            drawn |= _across_line(ax, x, y, style)
+            drawn |= _across_line(ax, x, y, look)
         ax.axhline(1, color="0.6", linewidth=0.6, zorder=0)
         ax.set_xlim(-0.27, 1.03)  # room for each line's first value
         ax.set_title(words)
@@ -421,10 +365,8 @@ def across(frame: pd.DataFrame, *, title: str = "") -> Figure:
     return figure
 
 
-def _across_line(
-    ax: Axes, x: NDArray[np.float64], y: NDArray[np.float64], style: tuple[str, Any, str]
-) -> set[str]:
-    color, dashes, marker = style
+def _across_line(ax: Axes, x: NDArray[np.float64], y: NDArray[np.float64], look: Style) -> set[str]:
+    color, dashes, marker = look
     ax.plot(
         x, _drawable(y), color=color, linestyle=dashes, linewidth=1.4, marker=marker, markersize=4,
         markevery=max(1, len(x) // 8),
@@ -627,7 +569,7 @@ def _reach(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _layer_line(
-    ax: Axes, found: np.ma.MaskedArray, style: tuple[str, Any, str], offset: float = 0,
+    ax: Axes, found: np.ma.MaskedArray, style: Style, offset: float = 0,
     *, log: bool, relative: bool,
 ) -> set[str]:  # fmt: skip
     count = len(found)
@@ -663,7 +605,7 @@ def _against_depth(
     ax: Axes, points: pd.DataFrame, lines: pd.DataFrame, column: str, arms: list[str]
 ) -> None:
     """Means with their intervals, and each seed's value as a small point beside them."""
-    styles = _styles(arms)
+    styles = styles_of(arms)
     for arm in arms:
         color, dashes, marker = styles[arm]
         dodge = _dodge(arm, arms)
@@ -694,7 +636,7 @@ def degradation(points: pd.DataFrame, lines: pd.DataFrame, *, title: str = "") -
     splits = [s for s in tables.SPLITS if (lines["split"] == s).any()] or ["train"]
     figure, axes = _grid(len(splits), columns=2, height=2.9)
     arms = tables.ordered(points["arm"])
-    styles = _styles(arms)
+    styles = styles_of(arms)
     drawn: set[str] = set()
     for ax, split in zip(axes, splits, strict=True):
         column = f"{split}_error"
@@ -734,7 +676,7 @@ def benefit(points: pd.DataFrame, lines: pd.DataFrame, *, title: str = "") -> Fi
         ax.set_title("training error" if split == "train" else "test error")
         ax.set_ylabel("")
     axes[0].set_ylabel("plain error − error with skip")
-    _legend(figure, [_line_handle(arm, _styles(arms)[arm]) for arm in arms], title)
+    _legend(figure, [_line_handle(arm, styles_of(arms)[arm]) for arm in arms], title)
     return figure
 
 
@@ -759,7 +701,7 @@ def curves(frame: pd.DataFrame, *, title: str = "") -> Figure:
     seen = set(zip(data["measure"], data["split"], strict=True))
     rows = {key: label for key, label in _CURVES.items() if key in seen}
     figure, lines = _matrix(list(rows.values()), _by(data))
-    styles, drawn = _styles(data["arm"]), set()
+    styles, drawn = styles_of(data["arm"]), set()
     for line, (measure, split) in zip(lines, rows, strict=True):
         for ax, here in line:
             part = here[(here["measure"] == measure) & (here["split"] == split)]
@@ -782,9 +724,7 @@ def curves(frame: pd.DataFrame, *, title: str = "") -> Figure:
     return figure
 
 
-def _curve_panel(
-    ax: Axes, part: pd.DataFrame, styles: dict[str, tuple[str, Any, str]], *, log: bool
-) -> set[str]:
+def _curve_panel(ax: Axes, part: pd.DataFrame, styles: dict[str, Style], *, log: bool) -> set[str]:
     drawn: set[str] = set()
     for (arm, _), run in part.groupby(["arm", "run_id"], sort=False):
         color, dashes, marker = styles[str(arm)]
@@ -1089,17 +1029,17 @@ def _factor(part: pd.DataFrame, log: bool) -> float:
     return float(last["value"].mean() / last["theory"].mean())
 
 
-def _overlay_styles(names: Sequence[str]) -> dict[str, tuple[str, Any, str]]:
+def _overlay_styles(names: Sequence[str]) -> dict[str, Style]:
     """Arms keep their colour; other curves take those that are left, in their order."""
-    palette = [_STYLES[arm] for arm in ("residual", "plain", "forward only", "backward only")]
-    known = {name: _STYLES[name] for name in names if name in _STYLES and name}
-    rest = [style for style in (*palette, *_OTHER_STYLES) if style not in known.values()]
+    palette = [KNOWN[arm] for arm in ("residual", "plain", "forward only", "backward only")]
+    known = {name: KNOWN[name] for name in names if name in KNOWN and name}
+    rest = [style for style in (*palette, *OTHERS) if style not in known.values()]
     others = [name for name in names if name not in known]
     return known | {name: rest[i % len(rest)] for i, name in enumerate(others)}
 
 
 def _overlay_curve(
-    ax: Axes, part: pd.DataFrame, style: tuple[str, Any, str], offset: float, *, log: bool
+    ax: Axes, part: pd.DataFrame, style: Style, offset: float, *, log: bool
 ) -> set[str]:
     """One curve; `offset` of points and dashes, in [0, 1), so that equal curves are all seen."""
     color, _, marker = style

@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from gradflow import atlas, cache, captions, reading, serve, status, tables, verdicts
+from gradflow import atlas, cache, captions, reading, serve, status, styles, tables, verdicts
 from gradflow.cache import Cache
 from gradflow.errors import GradflowError
 from gradflow.findings import Finding
@@ -50,6 +50,8 @@ class Material:
     `problems` name what cannot be read; `probes` are the probe tasks, which are in no frame.
     `views` are what `gradflow.views` packed of each run, by its id.
     The overview has a column `diagnosis` (see `captions.diagnosed`).
+    `lines`, `gains`, `lost`, `compared` and `rates` are what `tables.degradation`, `benefit`,
+    `diverged`, `comparison` and `rates` say of these.
     """
 
     members: list[Run]
@@ -61,6 +63,11 @@ class Material:
     blocks: pd.DataFrame = field(default_factory=pd.DataFrame)
     diagnoses: pd.DataFrame = field(default_factory=pd.DataFrame)
     stories: pd.DataFrame = field(default_factory=pd.DataFrame)
+    lines: pd.DataFrame = field(default_factory=pd.DataFrame)
+    gains: pd.DataFrame = field(default_factory=pd.DataFrame)
+    lost: pd.DataFrame = field(default_factory=pd.DataFrame)
+    compared: pd.DataFrame = field(default_factory=pd.DataFrame)
+    rates: pd.DataFrame = field(default_factory=pd.DataFrame)
     problems: list[str] = field(default_factory=list)
     probes: list[Run] = field(default_factory=list)
     views: dict[str, bytes] = field(default_factory=dict)
@@ -70,12 +77,16 @@ class Material:
         rows = self.overview["group"] == group
         parts = {
             name: frame[frame["group"] == group] if len(frame) else frame
-            for name in ("pairs", "profiles", "heat", "curves", "blocks", "diagnoses", "stories")
+            for name in _BY_GROUP
             for frame in [getattr(self, name)]
         }
         members = [run for run, here in zip(self.members, rows, strict=True) if here]
         views = {n: self.views[n] for n in (run.run_id for run in members) if n in self.views}
         return Material(members, self.overview[rows], views=views, **parts)
+
+
+_BY_GROUP = ("pairs", "profiles", "heat", "curves", "blocks", "diagnoses", "stories", "lines",
+             "gains", "lost", "compared", "rates")  # fmt: skip
 
 
 def gather(runs: Runs, kept: Cache | None = None, helpers: Helpers | None = None) -> Material:
@@ -105,6 +116,10 @@ def gather(runs: Runs, kept: Cache | None = None, helpers: Helpers | None = None
     told = overview["run_id"].map(captions.diagnosed(found.diagnoses))
     found.overview = overview.assign(diagnosis=told.astype(object).fillna(""))
     found.problems = list(dict.fromkeys([*problems, *read.damaged]))
+    found.lines, found.gains = tables.degradation(overview), tables.benefit(found.pairs)
+    found.lost, found.compared = tables.diverged(overview), tables.comparison(overview, found.pairs)
+    if len(found.profiles):
+        found.rates = tables.rates(found.profiles)
     return found
 
 
@@ -159,12 +174,12 @@ def comparison(runs: Runs) -> str:
     members, _ = distinct(runs)
     compared = Runs(members)
     overview = tables.overview(compared)
-    pairs = tables.pairs(compared, overview) if members else overview
-    return _comparison_text(overview, pairs)
+    if overview.empty:
+        return _comparison_text(overview)
+    return _comparison_text(tables.comparison(overview, tables.pairs(compared, overview)))
 
 
-def _comparison_text(overview: pd.DataFrame, pairs: pd.DataFrame) -> str:
-    frame = overview if overview.empty else tables.comparison(overview, pairs)
+def _comparison_text(frame: pd.DataFrame) -> str:
     if frame.empty:
         return "no finished runs to compare"
     blocks = []
@@ -307,9 +322,9 @@ def _compose(page: Page, found: Material) -> None:
 def _write_tables(page: Page, found: Material) -> None:
     page.csv("runs", _sorted(found.overview))
     page.csv("pairs", found.pairs)
-    page.csv("degradation", tables.degradation(found.overview))
-    page.csv("benefit", tables.benefit(found.pairs))
-    page.csv("comparison", tables.comparison(found.overview, found.pairs))
+    page.csv("degradation", found.lines)
+    page.csv("benefit", found.gains)
+    page.csv("comparison", found.compared)
     if len(found.diagnoses):
         page.csv("diagnoses", found.diagnoses)
     if len(found.stories):
@@ -319,8 +334,8 @@ def _write_tables(page: Page, found: Material) -> None:
             page.csv(name, frame, missing="NaN", by="group")  # measured: what was not, has no row
     if len(found.blocks):
         page.csv("blocks", found.blocks, by="group")
-    if len(found.profiles):
-        page.csv("rates", tables.rates(found.profiles))
+    if len(found.rates):
+        page.csv("rates", found.rates)
 
 
 def _heading(page: Page, group: Material) -> str:
@@ -364,7 +379,6 @@ def _verdict_section(page: Page, groups: list[Material]) -> None:
 
 def _index(found: Material) -> dict[str, Any]:
     """What the explorer knows of the runs before it looks into any."""
-    from gradflow import plots  # takes as long to load as all else: not for a text
 
     def number(value: Any) -> float | None:
         return None if pd.isna(value) else float(value)
@@ -386,15 +400,13 @@ def _index(found: Material) -> dict[str, Any]:
          "runs": len(part), "arms": tables.ordered(part["arm"])}
         for _, part in found.overview.groupby("group", sort=True)
     ]  # fmt: skip
-    arms = plots.screen_styles(["", *found.overview["arm"]])
-    return {"runs": runs, "groups": groups, "arms": arms, "labels": plots.LABELS,
-            "viridis": plots.screen_colors()}  # fmt: skip
+    arms = styles.on_screen(["", *found.overview["arm"]])
+    return {"runs": runs, "groups": groups, "arms": arms, "labels": styles.LABELS}
 
 
 def _question(page: Page, groups: list[Material], drawn: int) -> None:
     page.section("comparison", "Does depth hurt, and how much does a skip help?", "Depth and skips")
-    compared = [(group, tables.comparison(group.overview, group.pairs)) for group in groups]
-    compared = [(group, words) for group, words in compared if len(words)]
+    compared = [group for group in groups if len(group.compared)]
     if not compared:
         page.text("No run has a final training error.")
     else:
@@ -404,19 +416,18 @@ def _question(page: Page, groups: list[Material], drawn: int) -> None:
             "where one seed was run or all agree. Seeds: of plain/skip, where these are not the "
             "same number; matched: pairs with equal initial parameters, batches and data."
         )
-    for group, words in compared:
+    for group in compared:
         title = _heading(page, group)
-        page.items(captions.answers(group.overview, group.pairs))
-        page.table(_comparison_columns(words), ["depth"])
-        lines = tables.degradation(group.overview)
-        if group not in groups[:drawn] or lines.empty:
+        page.items(captions.answers(group.lines, group.gains, group.lost))
+        page.table(_comparison_columns(group.compared), ["depth"])
+        if group.overview["group"].iloc[0] >= drawn or group.lines.empty:
             continue
         page.figure(
             f"degradation{_number(group)}",
-            sketch("degradation", group.overview, lines, title=title),
+            sketch("degradation", group.overview, group.lines, title=title),
             "Final training and test error against depth, by arm.",
             f"Final error against depth; it depends on the learning rate and the number of "
-            f"updates. {_INTERVALS}{captions.crosses(group.overview)} {_under(group)}",
+            f"updates. {_INTERVALS}{captions.crosses(group.lost)} {_under(group)}",
         )
     if len(groups) > drawn:
         page.text(
@@ -482,7 +493,7 @@ def _profile_figures(
     about = f"One line a run. {_under(group)}"
     families = set(frame["family"])
     if tables.WEIGHT in families:
-        words = tables.rate_words(tables.rates(frame))
+        words = tables.rate_words(group.rates[group.rates["moment"] == moment])
         weights = frame[frame["family"] == tables.WEIGHT][QUANTITY]
         page.figure(
             f"profile-{moment}{_number(group)}",
@@ -504,10 +515,10 @@ def _profile_figures(
         )
 
 
-def _rate_table(profiles: pd.DataFrame, moment: str) -> tuple[pd.DataFrame, str]:
-    frame = profiles[profiles["moment"] == moment] if len(profiles) else profiles
-    words = tables.rate_words(tables.rates(frame)) if len(frame) else frame
-    return (_rate_columns(words), tables.when(frame["step"])) if len(words) else (words, "")
+def _rate_table(rates: pd.DataFrame, moment: str) -> tuple[pd.DataFrame, str]:
+    here = rates[rates["moment"] == moment] if len(rates) else rates
+    words = tables.rate_words(here) if len(here) else here
+    return (_rate_columns(words), tables.when(here["step"])) if len(words) else (words, "")
 
 
 def _rate_columns(words: pd.DataFrame) -> pd.DataFrame:
@@ -528,7 +539,7 @@ def _heat_section(page: Page, groups: list[Material]) -> None:
     page.section("heatmaps", "Layer by layer, step by step", "Heatmaps")
     for group in parts:
         title = _heading(page, group)
-        seeds, runs = (list(dict.fromkeys(group.heat[c])) for c in ("seed", "run"))
+        seeds, runs = (list(group.heat[c].unique()) for c in ("seed", "run"))
         which = f"seed {seeds[0]}" if len(seeds) == 1 else ", ".join(runs)
         weights = group.heat[group.heat["family"] == tables.WEIGHT][QUANTITY]
         page.figure(
@@ -560,17 +571,15 @@ def _curve_section(page: Page, groups: list[Material]) -> None:
 
 
 def _benefit_section(page: Page, groups: list[Material]) -> None:
-    parts = [(group, tables.benefit(group.pairs)) for group in groups]
-    if not any(len(lines) for _, lines in parts):
+    parts = [group for group in groups if len(group.gains)]
+    if not parts:
         return
     page.section("benefit", "The skip's benefit by depth", "Benefit")
-    for group, lines in parts:
-        if lines.empty:
-            continue
+    for group in parts:
         title = _heading(page, group)
         page.figure(
             f"benefit{_number(group)}",
-            sketch("benefit", group.pairs, lines, title=title),
+            sketch("benefit", group.pairs, group.gains, title=title),
             "Plain error minus the error with a skip, by depth.",
             "Final error of the plain network minus that of its partner of equal depth and seed: "
             f"above zero the skip helps. {_INTERVALS} {_under(group)}",
@@ -673,11 +682,11 @@ def text_report(runs: Runs) -> str:
     if not members and probes:
         return "\n\n".join(filter(None, [probes, "\n".join(problems)]))
     found = gather(runs)
-    parts = [*filter(None, [probes]), _comparison_text(found.overview, found.pairs)]
+    parts = [*filter(None, [probes]), _comparison_text(found.compared)]
     for group in (found.of(number) for number in sorted(found.overview["group"].unique())):
         parts += _diagnosis_text(group)
         for moment in ("first", "last"):
-            words, when = _rate_table(group.profiles, moment)
+            words, when = _rate_table(group.rates, moment)
             if len(words):
                 heading = f"gradient of the weights, {when}"
                 title = str(group.overview["title"].iloc[0])
@@ -772,7 +781,7 @@ def main(
         return 130
     for line in found.problems:
         print(f"passed over: {line}", file=sys.stderr)
-    print(_comparison_text(found.overview, found.pairs), end="\n\n")
+    print(_comparison_text(found.compared), end="\n\n")
     if entries:
         print(f"{atlas.counts(entries)}\n{page.with_name(atlas.PAGE)}")
     print(page)

@@ -850,7 +850,7 @@ def rates(frame: pd.DataFrame) -> pd.DataFrame:
     number = weights.groupby(keys, sort=False).ngroup().to_numpy()
     order = np.argsort(number, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
-    carried = [c for c in ("group", "title", "depth", "arm", "seed") if c in frame]
+    carried = [c for c in ("group", "title", "depth", "arm", "seed", "moment") if c in frame]
     about = weights[[*keys, *carried]].iloc[[part[0] for part in parts]].to_dict("records")
     rows = []
     for named, part in zip(about, parts, strict=True):

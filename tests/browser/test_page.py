@@ -5,6 +5,8 @@ import math
 import re
 
 import pytest
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from playwright.sync_api import expect
 
 from gradflow import tables
@@ -103,7 +105,8 @@ def test_a_cells_colour_is_its_values(visit, place):
     values = [v for f in stored for v in f[f["layer"].isin(layers)][QUANTITY].to_numpy(float)]
     assert low == pytest.approx(min(values), rel=6e-3)
     assert high == pytest.approx(max(values), rel=6e-3)
-    colours = page.evaluate("gradflow.index.viridis")
+    colours = page.evaluate("gradflow.viridis")
+    assert colours == [to_hex(color) for color in colormaps["viridis"].colors]
     corner = page.evaluate(
         """() => { const u = document.getElementById('heat-a').chart, b = u.bbox;
         const p = u.ctx.getImageData(b.left + b.width - 3, b.top + b.height - 3, 1, 1).data;

@@ -59,7 +59,7 @@
   };
 
   gradflow.colorAt = (share) => {
-    const colors = gradflow.index.viridis;
+    const colors = gradflow.viridis;
     const place = Math.max(0, Math.min(colors.length - 1, Math.round(share * (colors.length - 1))));
     return colors[place];
   };
@@ -221,7 +221,7 @@
     canvas.height = rows;
     const context = canvas.getContext("2d");
     const image = context.createImageData(columns, rows);
-    const colors = gradflow.index.viridis.map(rgb);
+    const colors = gradflow.viridis.map(rgb);
     const special = { missing: rgb(css("--missing")), zero: rgb(css("--zero")), bad: rgb(css("--bad")) };
     for (let row = 0; row < rows; row++) {
       for (let column = 0; column < columns; column++) {
@@ -343,7 +343,7 @@
     canvas.setAttribute("aria-hidden", "true");
     const context = canvas.getContext("2d");
     for (let i = 0; i < 256; i++) {
-      context.fillStyle = gradflow.index.viridis[i];
+      context.fillStyle = gradflow.viridis[i];
       context.fillRect(i, 0, 1, 1);
     }
     const word = (v) => gradflow.number(log ? 10 ** v : v);
