@@ -155,8 +155,18 @@ def test_two_ranks_are_one_process_and_are_reused(tmp_path):
         (MLP | {"skip": "backward_only", "branch_scale": 0.0, "precision": "fp64"}, 1e-10),
         (MLP | {"skip": "highway", "norm": "layer", "precision": "fp64"}, 1e-10),
         (TINY | {"skip": "stochastic_depth", "depth": 14, "precision": "fp64"}, 1e-10),
-        (TINY | {"norm": "layer", "padding": "zeros", "clip": 0.1}, 1e-4),
-        (TINY | {"norm": "group", "groups": 2, "batch_size": 50, "accumulate": 3}, 1e-4),
+        (TINY | {"norm": "layer", "padding": "zeros", "clip": 0.1, "precision": "fp64"}, 1e-10),
+        (
+            TINY
+            | {
+                "norm": "group",
+                "groups": 2,
+                "batch_size": 50,
+                "accumulate": 3,
+                "precision": "fp64",
+            },
+            1e-10,
+        ),
     ],
 )
 def test_networks_of_several_kinds(tmp_path, keys, rtol):
