@@ -348,6 +348,25 @@ def test_a_parameter_put_in_another_s_place_is_read() -> None:
     assert gradients[1, "0"] == near(norm(network[0].weight.grad), rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [8, 200])  # of those that are copied, and of those that are not
+def test_parameters_that_exchange_their_sizes_are_read(size: int) -> None:
+    network = nn.Sequential(nn.Linear(size, size), nn.Linear(size, size + 50))
+    with Recorder(network, ("weight_norm", "weight_grad_norm"), ALWAYS) as recorder:
+        for step in range(2):
+            if step:
+                network[0].weight, network[1].weight = (
+                    nn.Parameter(torch.randn(rows, size)) for rows in (size + 50, size)
+                )
+            for parameter in network.parameters():
+                parameter.grad = torch.randn(parameter.shape)
+            recorder.step()
+    for name, of in (("weight_norm", "data"), ("weight_grad_norm", "grad")):
+        found = cells(recorder.table("weights"), name)
+        for layer in (0, 1):
+            own = [getattr(p, of).flatten() for p in network[layer].parameters()]
+            assert found[1, str(layer)] == near(norm(torch.cat(own)), rel=1e-6)
+
+
 def test_a_replaced_module_is_named_and_null() -> None:
     """Another head in mid-training: its predecessor's numbers would be those of nothing."""
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))

@@ -76,8 +76,9 @@ def test_tensors_of_one_shape_are_measured_together_as_each_alone(name: str, sha
     plan = Norms(tensors)
     for measured in (tensors, [2 * tensor for tensor in tensors], tensors):
         assert plan(measured).tolist() == near([exact(tensor) for tensor in measured], rel=1e-6)
-    with pytest.raises(ValueError, match="3 tensors, 6 were expected"):
-        plan(tensors[:3])
+    for others in (tensors[:3], [*tensors[:-1], random(9)]):
+        with pytest.raises(RuntimeError, match="other sizes"):
+            plan(others)
 
 
 @pytest.mark.parametrize("count", [100, 2**13, 20_000, 2**16 + 7, 2**17])
@@ -103,6 +104,21 @@ def test_float64_to_a_million_millionth(exponent: int) -> None:
     tensors = [random(count).double() * 10.0**exponent for count in (5, 9000, 2**17 + 1)]
     expected = [exact(tensor) for tensor in tensors]
     assert norms(tensors).tolist() == near(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("exponent", [-173, 170])
+def test_float64_beyond_its_squares(exponent: int) -> None:
+    tensors = [random(count).double() * 10.0**exponent for count in (5, 9000)]
+    expected = [exact(tensor * 10.0**-exponent) * 10.0**exponent for tensor in tensors]
+    assert norms(tensors).tolist() == near(expected, rel=1e-12)
+    assert [norm(tensor).item() for tensor in tensors] == near(expected, rel=1e-12)
+
+
+def test_a_group_of_two_formats_has_one_norm() -> None:
+    tensors = [random(9), random(20_000).double(), random(300)]
+    together = exact(torch.cat([tensors[0], tensors[1]]))
+    plan = Norms(tensors, groups=[2, 2, 0], count=3)
+    assert plan(tensors).tolist() == near([exact(tensors[2]), 0, together], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -167,7 +183,7 @@ def test_scaling_by_the_largest_is_as_good(monkeypatch: pytest.MonkeyPatch) -> N
         """A tensor that says it lies on another kind of device."""
 
         def __init__(self, tensor: Tensor) -> None:
-            self.tensor, self.device = tensor, torch.device("mps")
+            self.tensor, self.device, self.dtype = tensor, torch.device("mps"), tensor.dtype
 
         def abs(self) -> Tensor:
             return self.tensor.abs()

@@ -24,9 +24,7 @@ from gradflow.recording.shards import local, share
 from gradflow.recording.updates import parameters_of
 
 Tensors = Sequence[Tensor | None]
-_Formats = tuple[int, list[torch.dtype]]
-"""Of several tensors: their number of elements, and each one's number format."""
-_DTYPE = operator.attrgetter("dtype")
+_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 
 _COUNTED: dict[str, Callable[[Tensor], Tensor]] = {
     "grad_nonfinite": elements.nonfinite,
@@ -42,18 +40,9 @@ class _Plan:
     """For parameters' tensors of which the same are there, in the same shapes, again and again."""
 
     present: list[bool]
-    formats: _Formats
     is_dense: bool
     norms: Norms
     measured: np.ndarray
-
-    def suits(self, present: list[bool], there: Sequence[Tensor]) -> bool:
-        """Whether its norms are those of these tensors, unless they raise RuntimeError.
-
-        Where they are as many elements in all, and each fits into its place, shapes are the same:
-        to compare them would take as long as to measure small tensors.
-        """
-        return self.is_dense and self.present == present and self.formats == _formats(there)
 
 
 @dataclass
@@ -160,8 +149,8 @@ class Weights:
         there = self._local([t for t in tensors if t is not None])
         others = [t for t in less if t is not None] or None
         plan = self._plans.get(of)
-        if plan is not None and plan.suits(present, there):
-            with contextlib.suppress(RuntimeError):
+        if plan is not None and plan.is_dense and plan.present == present:
+            with contextlib.suppress(RuntimeError):  # other shapes
                 return Found(plan.norms(there, others), plan.measured)
         plan = self._plans[of] = self._plan(present, there)
         stored = there if plan.is_dense else [_stored(t) for t in there]
@@ -177,7 +166,7 @@ class Weights:
         stored = [_stored(tensor) for tensor in there]
         is_dense = all(map(operator.is_, stored, there))
         norms = Norms(stored, groups, len(self._layers.own), shares)
-        return _Plan(present, _formats(there), is_dense, norms, self._measured(present))
+        return _Plan(present, is_dense, norms, self._measured(present))
 
     def _measured(self, present: Sequence[bool]) -> np.ndarray:
         """Of each module, whether any of its own parameters is there."""
@@ -199,7 +188,7 @@ class Weights:
         """The parameters as they are, in the copies of last time where their shapes fit."""
         parameters = self._layers.parameters()
         there = self._local([p for p in parameters if p is not None])
-        if _formats(there) != _formats(self._store) or not _copied(there, self._store):
+        if not _copied(there, self._store):
             self._store = [p.clone() for p in there]
         copies = iter(self._store)
         return [None if p is None else next(copies) for p in parameters]
@@ -389,16 +378,12 @@ def _dense(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
-def _formats(tensors: Sequence[Tensor]) -> _Formats:
-    return sum(map(Tensor.numel, tensors)), list(map(_DTYPE, tensors))
-
-
 def _copied(tensors: list[Tensor], store: list[Tensor]) -> bool:
     """Whether the tensors could be written into the store."""
-    with contextlib.suppress(RuntimeError):  # other shapes
-        torch._foreach_copy_(store, tensors)
-        return True
-    return False
+    if any(list(map(of, tensors)) != list(map(of, store)) for of in (_SHAPE, _DTYPE)):
+        return False
+    torch._foreach_copy_(store, tensors)
+    return True
 
 
 def _stored(tensor: Tensor) -> Tensor:
