@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import gradflow
 from gradflow import diagnosis, probes, tables
@@ -484,6 +485,45 @@ def test_gradients_of_neighbours():
     assert abs(other.value) < 0.5
     (zero,) = probes.gradient_cosine(nn.Sequential(nn.Linear(16, 4), Step()), x)
     assert math.isnan(zero.value)
+
+
+class Checkpointed(nn.Module):
+    """The same function, whose backward pass refuses `torch.autograd.grad`."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=True)
+
+
+def test_gradients_of_neighbours_through_reentrant_checkpointing():
+    torch.manual_seed(0)
+    net, (x, _), _ = patients.he_mlp(6, 32)
+    (plain,) = probes.gradient_cosine(net, x)
+    (same,) = probes.gradient_cosine(Checkpointed(net), x)
+    assert same.value == plain.value
+    assert 0.5 < same.value < 1
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+class Detached(nn.Module):
+    """A network whose gradient ends before the layer of that number."""
+
+    def __init__(self, net, place):
+        super().__init__()
+        self.net, self.place = net, place
+
+    def forward(self, x):
+        return self.net[self.place :](self.net[: self.place](x).detach())
+
+
+@pytest.mark.parametrize("place", [1, 3])
+def test_gradients_of_neighbours_where_the_way_to_the_input_is_cut(place):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    (cut,) = probes.gradient_cosine(Detached(net, place), torch.ones(4, 8))
+    assert math.isnan(cut.value)
 
 
 def test_the_interval_of_a_rate_counts_layers_that_depend_on_each_other_once():

@@ -789,7 +789,7 @@ def _shattered(record: _Record) -> Found:
         if chosen.any():
             value = float(values[chosen].mean())
             if not math.isfinite(value):
-                return "the input's gradient is zero, constant or not finite"
+                return "the input's gradient is zero, cut off, constant or not finite"
             told = words.format(float(x[chosen][0]))
             sentence = f"{told}: {value:.2f} on average"
             return [Diagnosis(SHATTERED, sentence, (), {name: value})] if value < COSINE else []

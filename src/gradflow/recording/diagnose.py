@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from gradflow.errors import GradflowError
 from gradflow.recording.probes import gradient_cosine
-from gradflow.recording.probes.passes import Reading, output_of, readout, untouched
+from gradflow.recording.probes.passes import (
+    Reading,
+    output_of,
+    readout,
+    untouched,
+    without_gradients,
+)
 from gradflow.recording.recorder import Recorder, unseen
 from gradflow.recording.slopes import Slopes
 
@@ -65,7 +71,7 @@ def _diagnosed(
 
     recorder = Recorder(model, _QUANTITIES, schedule=lambda step: True)
     saturation = _Saturation(recorder)
-    with _without_gradients(model), untouched(model), recorder:
+    with without_gradients(model), untouched(model), recorder:
         with saturation.watching():
             output = _forward(model, inputs)
         value = _readout(output, seed) if loss is None else loss(output, *targets)
@@ -96,19 +102,6 @@ def _probed(model: nn.Module, inputs: Any, seed: int) -> pd.DataFrame:
     readings = gradient_cosine(model, inputs, seed=seed)
     columns = {name: [getattr(r, name) for r in readings] for name in Reading.__slots__}
     return pd.DataFrame({"step": 0, **columns})
-
-
-@contextlib.contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Parameters have no `.grad` in this block, and theirs again afterwards."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in kept:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
 
 
 _QUANTITIES = (

@@ -108,6 +108,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+@contextlib.contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Parameters have no `.grad` in this block, and theirs again afterwards."""
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
 def watched(model: nn.Module) -> dict[str, nn.Module]:
     """By name: blocks, norms, and all modules with floating-point parameters of their own."""
     return {
