@@ -164,6 +164,56 @@ def test_a_gradient_that_is_zero_everywhere_is_below_the_format_or_the_loss_is_f
     assert found.unmeasured["dead units"] == "no layer has a gradient"
 
 
+class Detached(nn.Module):
+    """A network whose gradient ends before the layer of that number, for one of three reasons."""
+
+    def __init__(self, net, place, how="detach"):
+        super().__init__()
+        self.net, self.place, self.how = net, place, how
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.how != "no_grad"):
+            x = self.net[: self.place](x)
+        x = x.detach() if self.how == "detach" else x
+        return self.net[self.place :](x.round().long().float() if self.how == "round" else x)
+
+
+@pytest.mark.parametrize("how", ["detach", "no_grad", "round"])
+def test_trainable_layers_that_no_gradient_reaches_are_cut_off(how):
+    torch.manual_seed(0)
+    net, batch, loss = patients.he_mlp(8, 32)
+    found = gradflow.diagnose(Detached(net, 6, how), batch, loss)
+    assert found.names[0] == "cut off"
+    assert found.findings[0].layers == ("net.0", "net.2", "net.4")
+    assert "no gradient reaches 3 layers" in found.findings[0].sentence
+    assert "detach()" in found.findings[0].advice
+    assert "cut off" in found.unmeasured["shattered"]
+    net[:6].requires_grad_(False)
+    frozen = gradflow.diagnose(Detached(net, 6, how), batch, loss)
+    assert "cut off" not in frozen.names
+    assert not frozen.remarks
+
+
+class Unused(nn.Module):
+    """Beside its body a map that nothing runs, one whose output is dropped, and an idle scalar."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.idle, self.late = body, nn.Linear(4, 4), nn.Linear(10, 4)
+        self.scalar = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        y = self.body(x)
+        self.late(y)
+        return y
+
+
+def test_what_is_unused_is_not_cut_off():
+    torch.manual_seed(0)
+    net, batch, loss = patients.he_mlp(8, 32)
+    assert gradflow.diagnose(Unused(net), batch, loss).names == ("healthy",)
+
+
 # --- healthy --------------------------------------------------------------------------------------
 
 HEALTHY = [
@@ -346,6 +396,22 @@ def test_a_users_run_is_told_at_its_first_and_at_its_last_step(tmp_path):
     assert first.unmeasured["dead units"] == "dead_units not recorded"
 
 
+def test_a_run_cannot_tell_layers_that_are_cut_off_from_frozen_ones(tmp_path):
+    torch.manual_seed(0)
+    net, (x, _), _ = patients.he_mlp(8, 32)
+    with gradflow.Recorder(Detached(net, 6), save=tmp_path / "mine") as recorder:
+        recorder.model(x).mean().backward()
+        recorder.step()
+    ((found,),) = map(diagnose_run, gradflow.load_runs(tmp_path))
+    assert found.names == ("healthy",)
+    assert "cut off" not in found.findings[0].sentence
+    (remark,) = found.remarks
+    assert remark.startswith("3 layers have no gradient (frozen, unused in this pass, or cut off")
+    assert remark.endswith(": net.0, net.2, net.4")
+    assert found.lines()[-1] == remark
+    assert found.unmeasured["cut off"] == "layers that are frozen or unused have no gradient either"
+
+
 def profile_of(norms, **columns):
     layers = [f"layers.{i}" for i in range(len(norms))]
     return pd.DataFrame(
@@ -506,17 +572,6 @@ def test_gradients_of_neighbours_through_reentrant_checkpointing():
     assert same.value == plain.value
     assert 0.5 < same.value < 1
     assert all(parameter.grad is None for parameter in net.parameters())
-
-
-class Detached(nn.Module):
-    """A network whose gradient ends before the layer of that number."""
-
-    def __init__(self, net, place):
-        super().__init__()
-        self.net, self.place = net, place
-
-    def forward(self, x):
-        return self.net[self.place :](self.net[: self.place](x).detach())
 
 
 @pytest.mark.parametrize("place", [1, 3])

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 VANISHING, EXPLODING, HEALTHY = "vanishing", "exploding", "healthy"
 NON_FINITE, DEAD, SATURATED = "not finite", "dead units", "saturated"
 UNDERFLOW, SHATTERED, COLLAPSED = "underflow", "shattered", "collapsed inputs"
+CUT_OFF = "cut off"
 NAMES = (
-    NON_FINITE, UNDERFLOW, VANISHING, EXPLODING, DEAD, SATURATED, COLLAPSED, SHATTERED, HEALTHY,
+    NON_FINITE, CUT_OFF, UNDERFLOW, VANISHING, EXPLODING, DEAD, SATURATED, COLLAPSED, SHATTERED,
+    HEALTHY,
 )  # fmt: skip
 """All diagnoses, in the order in which they are told: what makes others unreadable first."""
 
@@ -78,6 +80,9 @@ ENDS = 3
 ADVICE = {
     NON_FINITE: "Lower the learning rate or warm it up, and clip the gradient's norm (Pascanu et "
     "al. 2013, arXiv 1211.5063); in fp16 use a gradient scaler.",
+    CUT_OFF: "Behind the last of these layers look for detach(), .data, torch.no_grad(), an "
+    "operation without a derivative (argmax), or reentrant checkpointing; what is to stay as it "
+    "is, freeze with requires_grad_(False).",
     UNDERFLOW: "Scale the loss (Micikevicius et al. 2018, arXiv 1710.03740), or use bfloat16, "
     "which has float32's range (Kalamkar et al. 2019, arXiv 1905.12322).",
     VANISHING: "Draw the weights for the activation: He's initialisation for ReLU (He et al. 2015, "
@@ -319,6 +324,24 @@ class _Record:
         return {}
 
     @cached_property
+    def unreached(self) -> tuple[str, ...]:
+        """Layers that no gradient comes to, not even one of zero, where others have one."""
+        norms = self.everywhere("weight_grad_norm")
+        if norms.empty:
+            return ()
+        reached = {*norms.index, *self.everywhere("output_grad_norm").index}
+        rows = self.weights[~self.weights["layer"].astype(object).isin(reached)]
+        return tuple(rows.sort_values("position")["layer"])
+
+    @cached_property
+    def cut_off(self) -> tuple[str, ...]:
+        """Those of them that are trainable, and were executed before others with a gradient."""
+        places = self.everywhere("entered").sort_values()
+        unreached = places.index.isin(self.unreached)
+        last = places[~unreached].max()
+        return tuple(places.index[unreached & (places < last).to_numpy(dtype=bool)])
+
+    @cached_property
     def without_gradient(self) -> pd.DataFrame:
         """Layers, with `blocked`: whether no gradient at all comes to what they put out.
 
@@ -439,6 +462,11 @@ def _examine(record: _Record, step: int) -> Examination:
         f"{len(apart)} layers have no gradient, in branches that the rest goes around (dropped or "
         f"unused in this pass): {listed(apart)}"
     ] * bool(apart)
+    if record.unreached and "entered" not in record.weights:
+        remarks.append(
+            f"{len(record.unreached)} layers have no gradient (frozen, unused in this pass, or cut "
+            f"off from the loss by detach, no_grad or the like): {listed(record.unreached)}"
+        )
     frames = {name: getattr(record, name) for name in ("weights", "outputs", "probes")}
     return Examination(step, tuple(findings), unmeasured, tuple(remarks), frames)
 
@@ -476,6 +504,24 @@ def _non_finite(record: _Record) -> Found:
     layers = sorted(names, key=lambda name: record.positions([name])[0])
     evidence = {f"{name}_non_finite": float(len(part)) for name, part in bad.items()}
     return [Diagnosis(NON_FINITE, f"NaN or Inf: {', '.join(told)}", tuple(layers), evidence)]
+
+
+# --- cut off --------------------------------------------------------------------------------------
+
+
+def _cut_off(record: _Record) -> Found:
+    """Which layers are trainable and were executed, `diagnose` alone knows."""
+    if "entered" not in record.weights:
+        unknown = "layers that are frozen or unused have no gradient either"
+        return unknown if record.unreached else []
+    layers = record.cut_off
+    if not layers:
+        return []
+    sentence = (
+        f"no gradient reaches {len(layers)} layers that are trainable and were executed before "
+        "others that have one: it is cut off on its way, or the loss does not use their outputs"
+    )
+    return [Diagnosis(CUT_OFF, sentence, layers, {"layers": float(len(layers))})]
 
 
 # --- vanishing and exploding ----------------------------------------------------------------------
@@ -798,6 +844,7 @@ def _shattered(record: _Record) -> Found:
 
 _CHECKS: dict[str, Callable[[_Record], Found]] = {
     NON_FINITE: _non_finite,
+    CUT_OFF: _cut_off,
     UNDERFLOW: _underflow,
     _GROWTH: _growth,
     DEAD: _dead,

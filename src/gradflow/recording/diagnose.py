@@ -70,9 +70,9 @@ def _diagnosed(
     from gradflow.diagnosis import diagnose_tables
 
     recorder = Recorder(model, _QUANTITIES, schedule=lambda step: True)
-    saturation = _Saturation(recorder)
+    seen = _Forward(recorder)
     with without_gradients(model), untouched(model), recorder:
-        with saturation.watching():
+        with seen.watching():
             output = _forward(model, inputs)
         value = _readout(output, seed) if loss is None else loss(output, *targets)
         if not value.requires_grad:
@@ -80,7 +80,8 @@ def _diagnosed(
         value.backward()
         recorder.step(value.detach())
     weights, outputs = recorder.table("weights"), recorder.table("outputs")
-    _add(outputs, "saturated", saturation.shares())
+    _add(outputs, "saturated", seen.shares())
+    _add(weights, "entered", seen.entered)
     found = diagnose_tables(weights, outputs, _probed(model, inputs, seed), loss=value.item())
     return replace(found, step=None)
 
@@ -111,12 +112,20 @@ _QUANTITIES = (
 )  # fmt: skip
 
 
-class _Saturation:
-    """Which share of activations is flat, by the module that was entered or left last."""
+class _Forward:
+    """What the record has not of a forward pass.
+
+    Which share of activations is flat, by the module that was entered or left last.
+
+    Attributes:
+        entered: trainable layers -> the place of each in the order of execution, which counts what
+            runs without gradients, too.
+    """
 
     def __init__(self, recorder: Recorder):
         layers = recorder._layers
         self._modules = dict(zip(layers.owners, layers.select("outputs"), strict=True))
+        self.entered: dict[str, float] = {}
         self._latest: str | None = None
         self._flat: dict[str, list[float]] = {}  # layer -> flat elements, elements
 
@@ -127,9 +136,14 @@ class _Saturation:
         def note(module: nn.Module, *_: Any) -> None:
             self._latest = self._modules[module].layer
 
+        def enter(module: nn.Module, *_: Any) -> None:
+            note(module)
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                self.entered.setdefault(self._modules[module].layer, len(self.entered))
+
         with contextlib.ExitStack() as undo:
             for module in self._modules:
-                undo.callback(module.register_forward_pre_hook(note).remove)
+                undo.callback(module.register_forward_pre_hook(enter).remove)
                 undo.callback(module.register_forward_hook(note).remove)
             undo.enter_context(Slopes(self._on_activation))
             yield
