@@ -474,9 +474,47 @@ def test_without_a_gradient_of_layers_it_is_not_called_healthy():
     frame = profile_of(np.ones(6)).drop(columns="weight_grad_norm").assign(weight_norm=1.0)
     found = diagnose_tables(frame)
     assert found.names == ()
-    assert "no diagnosis" in str(found)
+    assert "no diagnosis: the gradient of the layers was not measured" in str(found)
     with pytest.raises(GradflowError):
         found.plot()
+
+
+def zero_head():
+    net, batch, loss = patients.he_mlp(6, 32)
+    nn.init.zeros_(net[-1].weight)
+    return net, batch, loss
+
+
+def frozen_but_the_head():
+    net, batch, loss = patients.he_mlp(6, 32)
+    net[:-1].requires_grad_(False)
+    return net, batch, loss
+
+
+def embedded():
+    return nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4)), torch.arange(9)
+
+
+def one_layer():
+    return nn.Linear(8, 4), torch.randn(32, 8)
+
+
+@pytest.mark.parametrize("make", [zero_head, frozen_but_the_head, embedded, one_layer])
+def test_one_layer_with_a_gradient_is_too_few_to_compare(make):
+    found = examined(make)
+    assert found.names == ()
+    told = "no diagnosis: fewer than two layers to compare have a finite gradient that is not zero"
+    assert str(found).startswith(f"diagnosis: {told}")
+    assert told in found.lines()[0]
+
+
+def test_the_frame_of_a_run_says_so_too(tmp_path):
+    with gradflow.Recorder(nn.Linear(8, 4), save=tmp_path / "mine") as recorder:
+        recorder.model(torch.randn(4, 8)).mean().backward()
+        recorder.step()
+    (row,) = diagnosis.diagnoses(next(iter(gradflow.load_runs(tmp_path)))).itertuples()
+    assert (row.moment, row.diagnosis) == ("first", "not measured")
+    assert row.sentence.startswith("fewer than two layers to compare")
 
 
 def test_the_records_shattering_is_read_at_lag_one():

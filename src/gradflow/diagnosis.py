@@ -72,6 +72,10 @@ COSINE = 0.5
 update changes: below it, most of a gradient's direction is lost over the length of its own step.
 Balduzzi et al. 2017 (arXiv 1702.08591)."""
 NOT_MEASURED, NO_GRADIENT = "not measured", "the gradient of the layers was not measured"
+TOO_FEW = (
+    "fewer than two layers to compare have a finite gradient that is not zero, norms and "
+    "embeddings apart"
+)
 NOTHING = "nothing to diagnose: no gradient of the weights was recorded"
 
 ENDS = 3
@@ -143,8 +147,8 @@ class Examination:
 
     Attributes:
         step: how many updates the parameters had had; None of a model, which does not know.
-        findings: what is wrong, or the one finding `healthy`; empty where the gradient was not
-            recorded and nothing else is wrong.
+        findings: what is wrong, or the one finding `healthy`; empty where nothing is wrong and
+            fewer than two layers have a gradient to compare.
         unmeasured: diagnosis -> why the record cannot tell.
         remarks: what looks like trouble and is none.
         tables: the frames examined: `weights`, `outputs`, `probes`.
@@ -168,13 +172,18 @@ class Examination:
             return "diagnosis"
         return "at initialisation" if self.step == 0 else tables.when([self.step])
 
+    @property
+    def undecided(self) -> str:
+        """Why there is no finding, where there is none."""
+        return f"no diagnosis: {self.unmeasured[_GROWTH]}"
+
     def lines(self) -> list[str]:
         """What was found, a line each, and what looks like trouble and is none."""
-        told = [finding.told for finding in self.findings] or [f"no diagnosis: {NO_GRADIENT}"]
+        told = [finding.told for finding in self.findings] or [self.undecided]
         return [f"{self.when}: {line}" for line in told] + list(self.remarks)
 
     def __str__(self) -> str:
-        told = ", ".join(self.names) or f"no diagnosis: {NO_GRADIENT}"
+        told = ", ".join(self.names) or self.undecided
         lines = [f"{self.when}: {told}", *map(str, self.findings), *self.remarks]
         lines += [f"not measured: {name} ({why})" for name, why in self.unmeasured.items()]
         return "\n".join(lines)
@@ -278,8 +287,10 @@ def _rows(moment: str, examined: Examination) -> list[dict[str, Any]]:
         | {"evidence": json.dumps(dict(one.evidence))}
         for one in examined.findings
     ]
-    unknown = {"diagnosis": NOT_MEASURED, "sentence": NO_GRADIENT, "layers": "", "evidence": "{}"}
-    return [about | row | rest for row in told or [unknown]]
+    if not told:
+        unknown = {"diagnosis": NOT_MEASURED, "sentence": examined.unmeasured[_GROWTH]}
+        told = [unknown | {"layers": "", "evidence": "{}"}]
+    return [about | row | rest for row in told]
 
 
 def _nearest(frame: pd.DataFrame | None, step: int) -> pd.DataFrame:
@@ -577,7 +588,10 @@ def _growth(record: _Record) -> Found:
         known |= change is not None
         if change is not None and change.matters:
             return [_grown(record, change, words)]
-    return [] if known else "fewer than two layers with a finite gradient that is not zero"
+    if known:
+        return []
+    recorded = any(len(record.everywhere(quantity)) for quantity in _QUANTITIES)
+    return TOO_FEW if recorded else NO_GRADIENT
 
 
 def _grown(record: _Record, change: _Change, words: str) -> Diagnosis:
