@@ -232,6 +232,35 @@ def test_healthy(name, seed):
     assert "vanishing and exploding" not in found.unmeasured
 
 
+class Cell(nn.Module):
+    """A loop over a cell: its gradient vanishes through time."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.RNNCell(16, 32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        state = None
+        for step in x.unbind(dim=1):
+            state = self.cell(step, state)
+        return self.head(state)
+
+
+@pytest.mark.parametrize(
+    ("make", "layer"),
+    [
+        (patients.lstm, "lstm"),
+        (lambda: (Cell(), (torch.randn(8, 50, 16), patients.labels(8)), patients.entropy), "cell"),
+    ],
+)
+def test_recurrent_layers_are_healthy_as_layers_only(make, layer):
+    found = examined(make)
+    assert found.names == ("healthy",)
+    assert "through time it was not measured" in found.lines()[0]
+    why = f"layers are compared, steps of {layer} are not"
+    assert f"not measured: vanishing through time ({why})" in str(found).splitlines()
+
+
 @pytest.mark.parametrize(("name", "layers"), [("zero_init_residual", 10), ("rezero", 12)])
 def test_what_an_initial_zero_holds_up_is_remarked(name, layers):
     found = examined(getattr(patients, name))

@@ -72,6 +72,7 @@ COSINE = 0.5
 update changes: below it, most of a gradient's direction is lost over the length of its own step.
 Balduzzi et al. 2017 (arXiv 1702.08591)."""
 NOT_MEASURED, NO_GRADIENT = "not measured", "the gradient of the layers was not measured"
+THROUGH_TIME = "vanishing through time"
 TOO_FEW = (
     "fewer than two layers to compare have a finite gradient that is not zero, norms and "
     "embeddings apart"
@@ -461,6 +462,9 @@ def _examine(record: _Record, step: int) -> Examination:
     findings = [one for part in found.values() if not isinstance(part, str) for one in part]
     findings.sort(key=lambda one: NAMES.index(one.name))
     unmeasured = {name: part for name, part in found.items() if isinstance(part, str)}
+    recurrent = tuple(map(str, record.everywhere("recurrent").index))
+    if recurrent:
+        unmeasured[THROUGH_TIME] = f"layers are compared, steps of {listed(recurrent)} are not"
     if not findings and _GROWTH not in unmeasured:
         findings = [_healthy(record, [name for name in found if name not in unmeasured])]
     held = record.held_up
@@ -486,9 +490,10 @@ def _healthy(record: _Record, looked_at: Sequence[str]) -> Diagnosis:
     change = _change(record, "weight_grad_norm") or _change(record, "output_grad_norm")
     assert change is not None
     absent = ", ".join(name for name in looked_at if name != _GROWTH)
+    time = "; through time it was not measured" * bool(len(record.everywhere("recurrent")))
     sentence = (
         f"the gradient's norm at {change.first} is {tables.short(change.ratio)} times that at "
-        f"{change.last}{_rate_words(change.rate)}; looked for and absent: {absent}"
+        f"{change.last}{_rate_words(change.rate)}{time}; looked for and absent: {absent}"
     )
     return Diagnosis(HEALTHY, sentence, evidence=change.evidence)
 

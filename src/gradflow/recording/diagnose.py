@@ -82,6 +82,7 @@ def _diagnosed(
     weights, outputs = recorder.table("weights"), recorder.table("outputs")
     _add(outputs, "saturated", seen.shares())
     _add(weights, "entered", seen.entered)
+    _add(weights, "recurrent", seen.recurrent)
     found = diagnose_tables(weights, outputs, _probed(model, inputs, seed), loss=value.item())
     return replace(found, step=None)
 
@@ -113,19 +114,25 @@ _QUANTITIES = (
 
 
 class _Forward:
-    """What the record has not of a forward pass.
+    """What a diagnosis wants to know beside what is recorded.
 
     Which share of activations is flat, by the module that was entered or left last.
 
     Attributes:
         entered: trainable layers -> the place of each in the order of execution, which counts what
             runs without gradients, too.
+        recurrent: layers that go through time by themselves, 1 each.
     """
 
     def __init__(self, recorder: Recorder):
         layers = recorder._layers
         self._modules = dict(zip(layers.owners, layers.select("outputs"), strict=True))
         self.entered: dict[str, float] = {}
+        self.recurrent = {
+            row.layer: 1.0
+            for module, row in self._modules.items()
+            if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        }
         self._latest: str | None = None
         self._flat: dict[str, list[float]] = {}  # layer -> flat elements, elements
 
