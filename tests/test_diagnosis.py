@@ -319,6 +319,20 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
+def test_weights_that_a_pass_renormalises_are_put_back():
+    net = nn.Sequential(nn.Embedding(9, 8, max_norm=1.0), nn.Linear(8, 8), nn.Linear(8, 4))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    gradflow.diagnose(net, torch.arange(9))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_lazy_modules_are_initialised():
+    net = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(4))
+    assert gradflow.diagnose(net, patients.vectors(8)[0]).names == ("healthy",)
+    assert net[0].weight.shape == (8, 8)
+    assert net[0].weight.grad is None
+
+
 def test_a_diagnosis_in_a_watched_loop_is_no_part_of_the_step():
     net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 10))
     x, y = patients.vectors(8)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradflow.errors import GradflowError
 from gradflow.recording.probes import gradient_cosine
@@ -37,8 +39,9 @@ def diagnose(
     """What is wrong with the gradient of a model, where, and what usually helps: `print` it.
 
     One forward and backward pass, and two passes for the gradients of neighbouring inputs, in the
-    mode in which the model is. It is left as it was: parameters, `.grad`, buffers, modes, hooks,
-    and torch's random generators.
+    mode in which the model is. It is left as it was: parameters (of which a copy is held
+    meanwhile), `.grad`, buffers, modes, hooks, and torch's random generators. Lazy modules alone
+    are initialised, as by any first pass.
 
     Args:
         model: any module with parameters, at initialisation or later.
@@ -56,7 +59,7 @@ def diagnose(
         GradflowError: no parameter has a gradient.
     """
     inputs, *targets = batch if isinstance(batch, tuple | list) else (batch,)
-    with unseen(model):
+    with unseen(model), _restored(model):
         return _diagnosed(model, inputs, targets, loss, seed)
 
 
@@ -85,6 +88,19 @@ def _diagnosed(
     _add(weights, "recurrent", seen.recurrent)
     found = diagnose_tables(weights, outputs, _probed(model, inputs, seed), loss=value.item())
     return replace(found, step=None)
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Parameters that a pass changes, as an embedding's `max_norm` does, are as before after it."""
+    kept = [(p, p.detach().clone()) for p in model.parameters() if not is_lazy(p)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in kept:
+                if not torch.equal(parameter, values):
+                    parameter.copy_(values)
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:
