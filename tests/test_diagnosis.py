@@ -372,6 +372,67 @@ def test_batches_of_other_forms():
     assert "shattered" in found.unmeasured
 
 
+class Added(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, a, b):
+        return self.net(a + b)
+
+
+def test_several_inputs_are_positional():
+    torch.manual_seed(0)
+    net, (x, y), loss = patients.he_mlp(6, 32)
+    expected = gradflow.diagnose(net, (x, y), loss)
+    for batch in (((x - 1, torch.ones(())), y), [[x - 1, torch.ones(())], y]):
+        found = gradflow.diagnose(Added(net), batch, loss)
+        assert found.names == ("healthy",)
+        assert found.findings[0].evidence == pytest.approx(expected.findings[0].evidence, rel=1e-3)
+    assert gradflow.diagnose(Added(net), ((x, x),)).names == ("healthy",)
+
+
+@pytest.mark.parametrize(
+    ("loss", "what"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), r"of shape \(32,\)"),
+        (lambda output, _: (output.mean(), output), "a tuple"),
+        (lambda output, _: output.mean().item(), "a float"),
+    ],
+)
+def test_a_loss_that_is_not_one_number_is_an_error_of_ours(loss, what):
+    words = f"the loss has to be a tensor of one element, and is {what}$"
+    with pytest.raises(GradflowError, match=words):
+        gradflow.diagnose(nn.Linear(8, 10), patients.vectors(8), loss)
+
+
+@pytest.mark.parametrize("batch", [(torch.ones(0, 8), torch.ones(0).long()), torch.ones(0, 8), ()])
+def test_an_empty_batch_is_an_error_of_ours(batch):
+    with pytest.raises(GradflowError, match="the batch is empty"):
+        gradflow.diagnose(nn.Linear(8, 10), batch)
+
+
+class Gaussian(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return torch.distributions.Normal(self.net(x), 1.0)
+
+
+def test_an_output_that_cannot_be_read_wants_a_loss():
+    torch.manual_seed(0)
+    net, (x, _), _ = patients.he_mlp(6, 32)
+    with pytest.raises(GradflowError, match="output has no floating-point tensor"):
+        gradflow.diagnose(Gaussian(net), x)
+    found = gradflow.diagnose(
+        Gaussian(net), x, lambda output: -output.log_prob(torch.ones(())).mean()
+    )
+    assert found.names == ("healthy",)
+    assert found.unmeasured["shattered"] == "no probe of the gradient at neighbouring inputs"
+
+
 def test_few_samples_cannot_tell_dead_units():
     torch.manual_seed(0)
     net, _, loss = patients.dead(8, 64)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gradflow.errors import GradflowError
+from gradflow.recording.modules import all_tensors, tensors_of
 from gradflow.recording.probes import gradient_cosine
 from gradflow.recording.probes.passes import (
     Reading,
@@ -46,19 +47,25 @@ def diagnose(
     Args:
         model: any module with parameters, at initialisation or later.
         batch: inputs, or the pair (inputs, targets), a tuple or list. Inputs are a tensor
-            (samples, …), or a mapping of keyword arguments. From 16 samples on, dead units can be
-            told.
-        loss: `loss(output, targets)`, or `loss(output)` where the batch has no targets; by default
-            a random linear readout of the output, as theory takes it.
+            (samples, …), a tuple or list of positional arguments, or a mapping of keyword
+            arguments: `((a, b), targets)` runs `model(a, b)`, and so does `((a, b),)`. From 16
+            samples on, dead units can be told.
+        loss: `loss(output, targets)`, or `loss(output)` where the batch has no targets: a tensor of
+            one element. By default a random linear readout of the output, as theory takes it.
         seed: of the readout, and of the direction to neighbouring inputs.
 
     Returns:
         `.findings`, `.unmeasured`, `.tables`, `.plot()`; see `gradflow.diagnosis.Examination`.
 
     Raises:
-        GradflowError: no parameter has a gradient.
+        GradflowError: no parameter has a gradient, the batch is empty, or the loss is not one
+            number.
     """
-    inputs, *targets = batch if isinstance(batch, tuple | list) else (batch,)
+    parts = batch if isinstance(batch, tuple | list) else (batch,)
+    first = next(all_tensors(parts[:1]), None)
+    if not parts or (first is not None and not first.numel()):
+        raise GradflowError("diagnose: the batch is empty; it wants one sample or more")
+    inputs, *targets = parts
     with unseen(model), _restored(model):
         return _diagnosed(model, inputs, targets, loss, seed)
 
@@ -78,15 +85,15 @@ def _diagnosed(
         with seen.watching():
             output = _forward(model, inputs)
         value = _readout(output, seed) if loss is None else loss(output, *targets)
-        if not value.requires_grad:
-            raise GradflowError("diagnose: the loss depends on no parameter that has a gradient")
+        _check_loss(value)
         value.backward()
         recorder.step(value.detach())
     weights, outputs = recorder.table("weights"), recorder.table("outputs")
     _add(outputs, "saturated", seen.shares())
     _add(weights, "entered", seen.entered)
     _add(weights, "recurrent", seen.recurrent)
-    found = diagnose_tables(weights, outputs, _probed(model, inputs, seed), loss=value.item())
+    probes = _probed(model, inputs, seed) if tensors_of(output) else None
+    found = diagnose_tables(weights, outputs, probes, loss=value.item())
     return replace(found, step=None)
 
 
@@ -104,7 +111,18 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _check_loss(value: Any) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        is_tensor = isinstance(value, Tensor)
+        what = f"of shape {tuple(value.shape)}" if is_tensor else f"a {type(value).__name__}"
+        raise GradflowError(f"diagnose: the loss has to be a tensor of one element, and is {what}")
+    if not value.requires_grad:
+        raise GradflowError("diagnose: the loss depends on no parameter that has a gradient")
 
 
 def _readout(output: Any, seed: int) -> Tensor:

@@ -58,8 +58,15 @@ def readout(output: Tensor, seed: int) -> Tensor:
 
 
 def output_of(output: Any) -> Tensor:
-    """The first floating-point tensor of what a module returned."""
-    return tensors_of(output)[0]
+    """The first floating-point tensor of what a module returned.
+
+    Raises:
+        GradflowError: there is none.
+    """
+    tensors = tensors_of(output)
+    if not tensors:
+        raise GradflowError("the model's output has no floating-point tensor with elements")
+    return tensors[0]
 
 
 def differentiable(inputs: Tensor) -> Tensor:
