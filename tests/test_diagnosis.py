@@ -102,6 +102,21 @@ def test_collapsed_inputs(depth, width, seed):
     assert len(found.findings[0].layers) == depth - 1
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_inputs_that_are_all_zero(activation, bias):
+    """Nothing comes to any unit: neither biases nor the number format are to blame."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(4) for part in (nn.Linear(16, 16, bias=bias), activation())]
+    net = nn.Sequential(*layers, nn.Linear(16, 10, bias=bias))
+    for layer in net[::2] if bias else ():
+        nn.init.zeros_(layer.bias)
+    found = gradflow.diagnose(net, (torch.zeros(32, 16), patients.labels()), patients.entropy)
+    assert found.names == ("collapsed inputs",)
+    assert found.findings[0].sentence == "the inputs of 0 are exactly zero: all of them are alike"
+    assert "dead units" in found.unmeasured
+
+
 def test_not_finite():
     torch.manual_seed(0)
     net, batch, loss = patients.he_mlp(8, 32)

@@ -100,9 +100,9 @@ ADVICE = {
     "activation (Ioffe & Szegedy 2015, arXiv 1502.03167), or use ReLU.",
     SHATTERED: "Add skip connections with a small branch (Balduzzi et al. 2017, arXiv 1702.08591), "
     "or start linear (their looks-linear initialisation).",
-    COLLAPSED: "Centre the inputs (LeCun et al. 1998, Efficient BackProp); start at the edge of "
-    "chaos (Schoenholz et al. 2017, arXiv 1611.01232); or normalise over the batch (Daneshmand et "
-    "al. 2020, arXiv 2003.01652).",
+    COLLAPSED: "Look at the inputs, and centre them (LeCun et al. 1998, Efficient BackProp); start "
+    "at the edge of chaos (Schoenholz et al. 2017, arXiv 1611.01232); or normalise over the batch "
+    "(Daneshmand et al. 2020, arXiv 2003.01652).",
     HEALTHY: "",
 }  # fmt: skip
 
@@ -447,6 +447,18 @@ class _Record:
         return tuple(np.array(silent, dtype=object)[places < last])
 
     @cached_property
+    def starved(self) -> str | None:
+        """The first layer, if its inputs are zero: its outputs are, its weights are not.
+
+        Not where the outputs of any layer differ between inputs: other inputs come in elsewhere.
+        """
+        first = next(iter(self.layers("output_rms")["layer"]), None)
+        norms, sizes = self.everywhere("weight_norm"), self.everywhere("output_rms")
+        if first is None or sizes[first] != 0 or not norms.get(first, 0.0) > 0:
+            return None
+        return None if (self.everywhere("output_spread") > 0).any() else str(first)
+
+    @cached_property
     def silent(self) -> tuple[str, ...]:
         """Layers whose whole gradient is exactly zero."""
         rows = self.layers("weight_grad_norm")
@@ -697,7 +709,8 @@ _GRADIENTS = {"weights": "grad", "outputs": "output_grad"}
 
 def _underflow(record: _Record) -> Found:
     silent, known = record.silent, record.everywhere("weight_grad_norm")
-    if silent and (known == 0).all():  # no layer is off: the last one's bias would have a gradient
+    # No layer is off: the last one's bias would have a gradient.
+    if silent and (known == 0).all() and record.starved is None:
         sentence = (
             f"the gradient is exactly zero in all {len(silent)} layers, the last included: it is "
             "below the smallest number of its format, or the loss is flat here"
@@ -749,6 +762,8 @@ def _dead(record: _Record) -> Found:
     """Units of hidden layers through which no gradient comes; the last layer's are the loss's."""
     if (record.everywhere("weight_grad_norm") == 0).all():
         return "no layer has a gradient"
+    if record.starved is not None:
+        return "the inputs are zero, so that nothing comes to the units"
     by_design, small = set(record.held_up), _underflowing(record)
     edge = record.positions(small).max() if small else -1.0
     by_design |= set(record.passed_by)
@@ -818,6 +833,9 @@ def _saturated(record: _Record) -> Found:
 
 def _collapsed(record: _Record) -> Found:
     """From some layer to the end all outputs hardly depend on the input."""
+    if record.starved is not None:
+        sentence = f"the inputs of {record.starved} are exactly zero: all of them are alike"
+        return [Diagnosis(COLLAPSED, sentence, (record.starved,), {"output_rms": 0.0})]
     if "output_spread" not in record.outputs:
         return "output_spread not recorded"
     norms = record.everywhere("weight_norm")
