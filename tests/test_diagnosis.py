@@ -525,7 +525,7 @@ def test_a_run_cannot_tell_layers_that_are_cut_off_from_frozen_ones(tmp_path):
     assert found.names == ("healthy",)
     assert "cut off" not in found.findings[0].sentence
     (remark,) = found.remarks
-    assert remark.startswith("3 layers have no gradient (frozen, unused in this pass, or cut off")
+    assert remark.startswith("3 layers have no gradient (frozen, unused in this step, or cut off")
     assert remark.endswith(": net.0, net.2, net.4")
     assert found.lines()[-1] == remark
     assert found.unmeasured["cut off"] == "layers that are frozen or unused have no gradient either"

@@ -174,17 +174,17 @@ class Examination:
         return "at initialisation" if self.step == 0 else tables.when([self.step])
 
     @property
-    def undecided(self) -> str:
+    def _undecided(self) -> str:
         """Why there is no finding, where there is none."""
         return f"no diagnosis: {self.unmeasured[_GROWTH]}"
 
     def lines(self) -> list[str]:
         """What was found, a line each, and what looks like trouble and is none."""
-        told = [finding.told for finding in self.findings] or [self.undecided]
+        told = [finding.told for finding in self.findings] or [self._undecided]
         return [f"{self.when}: {line}" for line in told] + list(self.remarks)
 
     def __str__(self) -> str:
-        told = ", ".join(self.names) or self.undecided
+        told = ", ".join(self.names) or self._undecided
         lines = [f"{self.when}: {told}", *map(str, self.findings), *self.remarks]
         lines += [f"not measured: {name} ({why})" for name, why in self.unmeasured.items()]
         return "\n".join(lines)
@@ -491,7 +491,7 @@ def _examine(record: _Record, step: int) -> Examination:
     ] * bool(apart)
     if record.unreached and "entered" not in record.weights:
         remarks.append(
-            f"{len(record.unreached)} layers have no gradient (frozen, unused in this pass, or cut "
+            f"{len(record.unreached)} layers have no gradient (frozen, unused in this step, or cut "
             f"off from the loss by detach, no_grad or the like): {listed(record.unreached)}"
         )
     frames = {name: getattr(record, name) for name in ("weights", "outputs", "probes")}
