@@ -515,20 +515,24 @@ def test_a_users_run_is_told_at_its_first_and_at_its_last_step(tmp_path):
     assert first.unmeasured["dead units"] == "dead_units not recorded"
 
 
-def test_a_run_cannot_tell_layers_that_are_cut_off_from_frozen_ones(tmp_path):
+@pytest.mark.parametrize("how", ["detach", "no_grad"])
+def test_a_run_cannot_tell_layers_that_are_cut_off_from_frozen_ones(tmp_path, how):
     torch.manual_seed(0)
     net, (x, _), _ = patients.he_mlp(8, 32)
-    with gradflow.Recorder(Detached(net, 6), save=tmp_path / "mine") as recorder:
-        recorder.model(x).mean().backward()
-        recorder.step()
-    ((found,),) = map(diagnose_run, gradflow.load_runs(tmp_path))
-    assert found.names == ("healthy",)
-    assert "cut off" not in found.findings[0].sentence
-    (remark,) = found.remarks
-    assert remark.startswith("3 layers have no gradient (frozen, unused in this step, or cut off")
-    assert remark.endswith(": net.0, net.2, net.4")
-    assert found.lines()[-1] == remark
-    assert found.unmeasured["cut off"] == "layers that are frozen or unused have no gradient either"
+    with gradflow.Recorder(Detached(net, 6, how), save=tmp_path / "mine") as recorder:
+        for _ in range(8):  # the last of which measures gradients of weights alone
+            recorder.model(x).mean().backward()
+            recorder.step()
+    ((first, last),) = map(diagnose_run, gradflow.load_runs(tmp_path))
+    for found in (first, last):
+        assert found.names == ("healthy",)
+        assert "cut off" not in found.findings[0].sentence
+        (remark,) = found.remarks
+        assert remark.startswith("3 layers have no gradient (frozen, unused in this step, or cut")
+        assert remark.endswith(": net.0, net.2, net.4")
+        assert found.lines()[-1] == remark
+        why = "layers that are frozen or unused have no gradient either"
+        assert found.unmeasured["cut off"] == why
 
 
 def profile_of(norms, **columns):

@@ -242,7 +242,7 @@ def diagnose_tables(
         name: _nearest(frame, at)
         for name, frame in {"weights": weights, "outputs": outputs, "probes": probes}.items()
     }
-    return _examine(_Record(**frames, loss=loss), at)
+    return _examine(_Record(**frames, loss=loss, known=_layers(weights, outputs)), at)
 
 
 def diagnose_run(run: Run) -> list[Examination]:
@@ -294,6 +294,13 @@ def _rows(moment: str, examined: Examination) -> list[dict[str, Any]]:
     return [about | row | rest for row in told]
 
 
+def _layers(*frames: pd.DataFrame | None) -> tuple[str, ...]:
+    """All layers of all steps, input side first: a step has no row of one without any value."""
+    parts = [f.drop_duplicates("layer") for f in frames if f is not None and not f.empty]
+    names = (name for part in parts for name in part.sort_values("position")["layer"])
+    return tuple(dict.fromkeys(map(str, names)))
+
+
 def _nearest(frame: pd.DataFrame | None, step: int) -> pd.DataFrame:
     if frame is None or frame.empty:
         return pd.DataFrame()
@@ -315,12 +322,13 @@ _QUANTITIES = {
 
 @dataclass(frozen=True)
 class _Record:
-    """The tables of one step."""
+    """The tables of one step, and the names of all layers, this step's or not."""
 
     weights: pd.DataFrame
     outputs: pd.DataFrame
     probes: pd.DataFrame
     loss: float | None = None
+    known: tuple[str, ...] = ()
 
     @cached_property
     def _asked(self) -> dict[str, pd.DataFrame]:
@@ -342,8 +350,7 @@ class _Record:
         if norms.empty:
             return ()
         reached = {*norms.index, *self.everywhere("output_grad_norm").index}
-        rows = self.weights[~self.weights["layer"].astype(object).isin(reached)]
-        return tuple(rows.sort_values("position")["layer"])
+        return tuple(name for name in self.known if name not in reached)
 
     @cached_property
     def cut_off(self) -> tuple[str, ...]:
@@ -470,7 +477,10 @@ Found = list[Diagnosis] | str
 
 
 def _examine(record: _Record, step: int) -> Examination:
-    found: dict[str, Found] = {name: check(record) for name, check in _CHECKS.items()}
+    # Which layers are trainable and were executed, `diagnose` alone knows.
+    is_stored = "entered" not in record.weights
+    checks = {name: check for name, check in _CHECKS.items() if not (is_stored and name == CUT_OFF)}
+    found: dict[str, Found] = {name: check(record) for name, check in checks.items()}
     findings = [one for part in found.values() if not isinstance(part, str) for one in part]
     findings.sort(key=lambda one: NAMES.index(one.name))
     unmeasured = {name: part for name, part in found.items() if isinstance(part, str)}
@@ -489,7 +499,8 @@ def _examine(record: _Record, step: int) -> Examination:
         f"{len(apart)} layers have no gradient, in branches that the rest goes around (dropped or "
         f"unused in this pass): {listed(apart)}"
     ] * bool(apart)
-    if record.unreached and "entered" not in record.weights:
+    if is_stored and record.unreached:
+        unmeasured[CUT_OFF] = "layers that are frozen or unused have no gradient either"
         remarks.append(
             f"{len(record.unreached)} layers have no gradient (frozen, unused in this step, or cut "
             f"off from the loss by detach, no_grad or the like): {listed(record.unreached)}"
@@ -538,10 +549,6 @@ def _non_finite(record: _Record) -> Found:
 
 
 def _cut_off(record: _Record) -> Found:
-    """Which layers are trainable and were executed, `diagnose` alone knows."""
-    if "entered" not in record.weights:
-        unknown = "layers that are frozen or unused have no gradient either"
-        return unknown if record.unreached else []
     layers = record.cut_off
     if not layers:
         return []
