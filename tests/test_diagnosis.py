@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import gradflow
 from gradflow import diagnosis, probes, tables
@@ -101,6 +102,21 @@ def test_collapsed_inputs(depth, width, seed):
     assert len(found.findings[0].layers) == depth - 1
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_inputs_that_are_all_zero(activation, bias):
+    """Nothing comes to any unit: neither biases nor the number format are to blame."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(4) for part in (nn.Linear(16, 16, bias=bias), activation())]
+    net = nn.Sequential(*layers, nn.Linear(16, 10, bias=bias))
+    for layer in net[::2] if bias else ():
+        nn.init.zeros_(layer.bias)
+    found = gradflow.diagnose(net, (torch.zeros(32, 16), patients.labels()), patients.entropy)
+    assert found.names == ("collapsed inputs",)
+    assert found.findings[0].sentence == "the inputs of 0 are exactly zero: all of them are alike"
+    assert "dead units" in found.unmeasured
+
+
 def test_not_finite():
     torch.manual_seed(0)
     net, batch, loss = patients.he_mlp(8, 32)
@@ -163,6 +179,56 @@ def test_a_gradient_that_is_zero_everywhere_is_below_the_format_or_the_loss_is_f
     assert found.unmeasured["dead units"] == "no layer has a gradient"
 
 
+class Detached(nn.Module):
+    """A network whose gradient ends before the layer of that number, for one of three reasons."""
+
+    def __init__(self, net, place, how="detach"):
+        super().__init__()
+        self.net, self.place, self.how = net, place, how
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.how != "no_grad"):
+            x = self.net[: self.place](x)
+        x = x.detach() if self.how == "detach" else x
+        return self.net[self.place :](x.round().long().float() if self.how == "round" else x)
+
+
+@pytest.mark.parametrize("how", ["detach", "no_grad", "round"])
+def test_trainable_layers_that_no_gradient_reaches_are_cut_off(how):
+    torch.manual_seed(0)
+    net, batch, loss = patients.he_mlp(8, 32)
+    found = gradflow.diagnose(Detached(net, 6, how), batch, loss)
+    assert found.names[0] == "cut off"
+    assert found.findings[0].layers == ("net.0", "net.2", "net.4")
+    assert "no gradient reaches 3 layers" in found.findings[0].sentence
+    assert "detach()" in found.findings[0].advice
+    assert "cut off" in found.unmeasured["shattered"]
+    net[:6].requires_grad_(False)
+    frozen = gradflow.diagnose(Detached(net, 6, how), batch, loss)
+    assert "cut off" not in frozen.names
+    assert not frozen.remarks
+
+
+class Unused(nn.Module):
+    """Beside its body a map that nothing runs, one whose output is dropped, and an idle scalar."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.idle, self.late = body, nn.Linear(4, 4), nn.Linear(10, 4)
+        self.scalar = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        y = self.body(x)
+        self.late(y)
+        return y
+
+
+def test_what_is_unused_is_not_cut_off():
+    torch.manual_seed(0)
+    net, batch, loss = patients.he_mlp(8, 32)
+    assert gradflow.diagnose(Unused(net), batch, loss).names == ("healthy",)
+
+
 # --- healthy --------------------------------------------------------------------------------------
 
 HEALTHY = [
@@ -179,6 +245,35 @@ def test_healthy(name, seed):
     assert math.isfinite(found.findings[0].evidence["first_over_last"])
     assert found.findings[0].advice == ""
     assert "vanishing and exploding" not in found.unmeasured
+
+
+class Cell(nn.Module):
+    """A loop over a cell: its gradient vanishes through time."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.RNNCell(16, 32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        state = None
+        for step in x.unbind(dim=1):
+            state = self.cell(step, state)
+        return self.head(state)
+
+
+@pytest.mark.parametrize(
+    ("make", "layer"),
+    [
+        (patients.lstm, "lstm"),
+        (lambda: (Cell(), (torch.randn(8, 50, 16), patients.labels(8)), patients.entropy), "cell"),
+    ],
+)
+def test_recurrent_layers_are_healthy_as_layers_only(make, layer):
+    found = examined(make)
+    assert found.names == ("healthy",)
+    assert "through time it was not measured" in found.lines()[0]
+    why = f"layers are compared, steps of {layer} are not"
+    assert f"not measured: vanishing through time ({why})" in str(found).splitlines()
 
 
 @pytest.mark.parametrize(("name", "layers"), [("zero_init_residual", 10), ("rezero", 12)])
@@ -239,6 +334,20 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
+def test_weights_that_a_pass_renormalises_are_put_back():
+    net = nn.Sequential(nn.Embedding(9, 8, max_norm=1.0), nn.Linear(8, 8), nn.Linear(8, 4))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    gradflow.diagnose(net, torch.arange(9))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_lazy_modules_are_initialised():
+    net = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(4))
+    assert gradflow.diagnose(net, patients.vectors(8)[0]).names == ("healthy",)
+    assert net[0].weight.shape == (8, 8)
+    assert net[0].weight.grad is None
+
+
 def test_a_diagnosis_in_a_watched_loop_is_no_part_of_the_step():
     net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 10))
     x, y = patients.vectors(8)
@@ -276,6 +385,67 @@ def test_batches_of_other_forms():
     tokens, (indices, labels), loss = patients.preln_transformer(2, 16)
     found = gradflow.diagnose(tokens, [indices, labels], loss)
     assert "shattered" in found.unmeasured
+
+
+class Added(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, a, b):
+        return self.net(a + b)
+
+
+def test_several_inputs_are_positional():
+    torch.manual_seed(0)
+    net, (x, y), loss = patients.he_mlp(6, 32)
+    expected = gradflow.diagnose(net, (x, y), loss)
+    for batch in (((x - 1, torch.ones(())), y), [[x - 1, torch.ones(())], y]):
+        found = gradflow.diagnose(Added(net), batch, loss)
+        assert found.names == ("healthy",)
+        assert found.findings[0].evidence == pytest.approx(expected.findings[0].evidence, rel=1e-3)
+    assert gradflow.diagnose(Added(net), ((x, x),)).names == ("healthy",)
+
+
+@pytest.mark.parametrize(
+    ("loss", "what"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), r"of shape \(32,\)"),
+        (lambda output, _: (output.mean(), output), "a tuple"),
+        (lambda output, _: output.mean().item(), "a float"),
+    ],
+)
+def test_a_loss_that_is_not_one_number_is_an_error_of_ours(loss, what):
+    words = f"the loss has to be a tensor of one element, and is {what}$"
+    with pytest.raises(GradflowError, match=words):
+        gradflow.diagnose(nn.Linear(8, 10), patients.vectors(8), loss)
+
+
+@pytest.mark.parametrize("batch", [(torch.ones(0, 8), torch.ones(0).long()), torch.ones(0, 8), ()])
+def test_an_empty_batch_is_an_error_of_ours(batch):
+    with pytest.raises(GradflowError, match="the batch is empty"):
+        gradflow.diagnose(nn.Linear(8, 10), batch)
+
+
+class Gaussian(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return torch.distributions.Normal(self.net(x), 1.0)
+
+
+def test_an_output_that_cannot_be_read_wants_a_loss():
+    torch.manual_seed(0)
+    net, (x, _), _ = patients.he_mlp(6, 32)
+    with pytest.raises(GradflowError, match="output has no floating-point tensor"):
+        gradflow.diagnose(Gaussian(net), x)
+    found = gradflow.diagnose(
+        Gaussian(net), x, lambda output: -output.log_prob(torch.ones(())).mean()
+    )
+    assert found.names == ("healthy",)
+    assert found.unmeasured["shattered"] == "no probe of the gradient at neighbouring inputs"
 
 
 def test_few_samples_cannot_tell_dead_units():
@@ -345,6 +515,26 @@ def test_a_users_run_is_told_at_its_first_and_at_its_last_step(tmp_path):
     assert first.unmeasured["dead units"] == "dead_units not recorded"
 
 
+@pytest.mark.parametrize("how", ["detach", "no_grad"])
+def test_a_run_cannot_tell_layers_that_are_cut_off_from_frozen_ones(tmp_path, how):
+    torch.manual_seed(0)
+    net, (x, _), _ = patients.he_mlp(8, 32)
+    with gradflow.Recorder(Detached(net, 6, how), save=tmp_path / "mine") as recorder:
+        for _ in range(8):  # the last of which measures gradients of weights alone
+            recorder.model(x).mean().backward()
+            recorder.step()
+    ((first, last),) = map(diagnose_run, gradflow.load_runs(tmp_path))
+    for found in (first, last):
+        assert found.names == ("healthy",)
+        assert "cut off" not in found.findings[0].sentence
+        (remark,) = found.remarks
+        assert remark.startswith("3 layers have no gradient (frozen, unused in this step, or cut")
+        assert remark.endswith(": net.0, net.2, net.4")
+        assert found.lines()[-1] == remark
+        why = "layers that are frozen or unused have no gradient either"
+        assert found.unmeasured["cut off"] == why
+
+
 def profile_of(norms, **columns):
     layers = [f"layers.{i}" for i in range(len(norms))]
     return pd.DataFrame(
@@ -407,9 +597,47 @@ def test_without_a_gradient_of_layers_it_is_not_called_healthy():
     frame = profile_of(np.ones(6)).drop(columns="weight_grad_norm").assign(weight_norm=1.0)
     found = diagnose_tables(frame)
     assert found.names == ()
-    assert "no diagnosis" in str(found)
+    assert "no diagnosis: the gradient of the layers was not measured" in str(found)
     with pytest.raises(GradflowError):
         found.plot()
+
+
+def zero_head():
+    net, batch, loss = patients.he_mlp(6, 32)
+    nn.init.zeros_(net[-1].weight)
+    return net, batch, loss
+
+
+def frozen_but_the_head():
+    net, batch, loss = patients.he_mlp(6, 32)
+    net[:-1].requires_grad_(False)
+    return net, batch, loss
+
+
+def embedded():
+    return nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4)), torch.arange(9)
+
+
+def one_layer():
+    return nn.Linear(8, 4), torch.randn(32, 8)
+
+
+@pytest.mark.parametrize("make", [zero_head, frozen_but_the_head, embedded, one_layer])
+def test_one_layer_with_a_gradient_is_too_few_to_compare(make):
+    found = examined(make)
+    assert found.names == ()
+    told = "no diagnosis: fewer than two layers to compare have a finite gradient that is not zero"
+    assert str(found).startswith(f"diagnosis: {told}")
+    assert told in found.lines()[0]
+
+
+def test_the_frame_of_a_run_says_so_too(tmp_path):
+    with gradflow.Recorder(nn.Linear(8, 4), save=tmp_path / "mine") as recorder:
+        recorder.model(torch.randn(4, 8)).mean().backward()
+        recorder.step()
+    (row,) = diagnosis.diagnoses(next(iter(gradflow.load_runs(tmp_path)))).itertuples()
+    assert (row.moment, row.diagnosis) == ("first", "not measured")
+    assert row.sentence.startswith("fewer than two layers to compare")
 
 
 def test_the_records_shattering_is_read_at_lag_one():
@@ -484,6 +712,34 @@ def test_gradients_of_neighbours():
     assert abs(other.value) < 0.5
     (zero,) = probes.gradient_cosine(nn.Sequential(nn.Linear(16, 4), Step()), x)
     assert math.isnan(zero.value)
+
+
+class Checkpointed(nn.Module):
+    """The same function, whose backward pass refuses `torch.autograd.grad`."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=True)
+
+
+def test_gradients_of_neighbours_through_reentrant_checkpointing():
+    torch.manual_seed(0)
+    net, (x, _), _ = patients.he_mlp(6, 32)
+    (plain,) = probes.gradient_cosine(net, x)
+    (same,) = probes.gradient_cosine(Checkpointed(net), x)
+    assert same.value == plain.value
+    assert 0.5 < same.value < 1
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("place", [1, 3])
+def test_gradients_of_neighbours_where_the_way_to_the_input_is_cut(place):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    (cut,) = probes.gradient_cosine(Detached(net, place), torch.ones(4, 8))
+    assert math.isnan(cut.value)
 
 
 def test_the_interval_of_a_rate_counts_layers_that_depend_on_each_other_once():

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 VANISHING, EXPLODING, HEALTHY = "vanishing", "exploding", "healthy"
 NON_FINITE, DEAD, SATURATED = "not finite", "dead units", "saturated"
 UNDERFLOW, SHATTERED, COLLAPSED = "underflow", "shattered", "collapsed inputs"
+CUT_OFF = "cut off"
 NAMES = (
-    NON_FINITE, UNDERFLOW, VANISHING, EXPLODING, DEAD, SATURATED, COLLAPSED, SHATTERED, HEALTHY,
+    NON_FINITE, CUT_OFF, UNDERFLOW, VANISHING, EXPLODING, DEAD, SATURATED, COLLAPSED, SHATTERED,
+    HEALTHY,
 )  # fmt: skip
 """All diagnoses, in the order in which they are told: what makes others unreadable first."""
 
@@ -70,6 +72,11 @@ COSINE = 0.5
 update changes: below it, most of a gradient's direction is lost over the length of its own step.
 Balduzzi et al. 2017 (arXiv 1702.08591)."""
 NOT_MEASURED, NO_GRADIENT = "not measured", "the gradient of the layers was not measured"
+THROUGH_TIME = "vanishing through time"
+TOO_FEW = (
+    "fewer than two layers to compare have a finite gradient that is not zero, norms and "
+    "embeddings apart"
+)
 NOTHING = "nothing to diagnose: no gradient of the weights was recorded"
 
 ENDS = 3
@@ -78,6 +85,9 @@ ENDS = 3
 ADVICE = {
     NON_FINITE: "Lower the learning rate or warm it up, and clip the gradient's norm (Pascanu et "
     "al. 2013, arXiv 1211.5063); in fp16 use a gradient scaler.",
+    CUT_OFF: "Behind the last of these layers look for detach(), .data, torch.no_grad(), an "
+    "operation without a derivative (argmax), or reentrant checkpointing; what is to stay as it "
+    "is, freeze with requires_grad_(False).",
     UNDERFLOW: "Scale the loss (Micikevicius et al. 2018, arXiv 1710.03740), or use bfloat16, "
     "which has float32's range (Kalamkar et al. 2019, arXiv 1905.12322).",
     VANISHING: "Draw the weights for the activation: He's initialisation for ReLU (He et al. 2015, "
@@ -90,9 +100,9 @@ ADVICE = {
     "activation (Ioffe & Szegedy 2015, arXiv 1502.03167), or use ReLU.",
     SHATTERED: "Add skip connections with a small branch (Balduzzi et al. 2017, arXiv 1702.08591), "
     "or start linear (their looks-linear initialisation).",
-    COLLAPSED: "Centre the inputs (LeCun et al. 1998, Efficient BackProp); start at the edge of "
-    "chaos (Schoenholz et al. 2017, arXiv 1611.01232); or normalise over the batch (Daneshmand et "
-    "al. 2020, arXiv 2003.01652).",
+    COLLAPSED: "Look at the inputs, and centre them (LeCun et al. 1998, Efficient BackProp); start "
+    "at the edge of chaos (Schoenholz et al. 2017, arXiv 1611.01232); or normalise over the batch "
+    "(Daneshmand et al. 2020, arXiv 2003.01652).",
     HEALTHY: "",
 }  # fmt: skip
 
@@ -138,8 +148,8 @@ class Examination:
 
     Attributes:
         step: how many updates the parameters had had; None of a model, which does not know.
-        findings: what is wrong, or the one finding `healthy`; empty where the gradient was not
-            recorded and nothing else is wrong.
+        findings: what is wrong, or the one finding `healthy`; empty where nothing is wrong and
+            fewer than two layers have a gradient to compare.
         unmeasured: diagnosis -> why the record cannot tell.
         remarks: what looks like trouble and is none.
         tables: the frames examined: `weights`, `outputs`, `probes`.
@@ -163,13 +173,18 @@ class Examination:
             return "diagnosis"
         return "at initialisation" if self.step == 0 else tables.when([self.step])
 
+    @property
+    def _undecided(self) -> str:
+        """Why there is no finding, where there is none."""
+        return f"no diagnosis: {self.unmeasured[_GROWTH]}"
+
     def lines(self) -> list[str]:
         """What was found, a line each, and what looks like trouble and is none."""
-        told = [finding.told for finding in self.findings] or [f"no diagnosis: {NO_GRADIENT}"]
+        told = [finding.told for finding in self.findings] or [self._undecided]
         return [f"{self.when}: {line}" for line in told] + list(self.remarks)
 
     def __str__(self) -> str:
-        told = ", ".join(self.names) or f"no diagnosis: {NO_GRADIENT}"
+        told = ", ".join(self.names) or self._undecided
         lines = [f"{self.when}: {told}", *map(str, self.findings), *self.remarks]
         lines += [f"not measured: {name} ({why})" for name, why in self.unmeasured.items()]
         return "\n".join(lines)
@@ -227,7 +242,7 @@ def diagnose_tables(
         name: _nearest(frame, at)
         for name, frame in {"weights": weights, "outputs": outputs, "probes": probes}.items()
     }
-    return _examine(_Record(**frames, loss=loss), at)
+    return _examine(_Record(**frames, loss=loss, known=_layers(weights, outputs)), at)
 
 
 def diagnose_run(run: Run) -> list[Examination]:
@@ -273,8 +288,17 @@ def _rows(moment: str, examined: Examination) -> list[dict[str, Any]]:
         | {"evidence": json.dumps(dict(one.evidence))}
         for one in examined.findings
     ]
-    unknown = {"diagnosis": NOT_MEASURED, "sentence": NO_GRADIENT, "layers": "", "evidence": "{}"}
-    return [about | row | rest for row in told or [unknown]]
+    if not told:
+        unknown = {"diagnosis": NOT_MEASURED, "sentence": examined.unmeasured[_GROWTH]}
+        told = [unknown | {"layers": "", "evidence": "{}"}]
+    return [about | row | rest for row in told]
+
+
+def _layers(*frames: pd.DataFrame | None) -> tuple[str, ...]:
+    """All layers of all steps, input side first: a step has no row of one without any value."""
+    parts = [f.drop_duplicates("layer") for f in frames if f is not None and not f.empty]
+    names = (name for part in parts for name in part.sort_values("position")["layer"])
+    return tuple(dict.fromkeys(map(str, names)))
 
 
 def _nearest(frame: pd.DataFrame | None, step: int) -> pd.DataFrame:
@@ -298,12 +322,13 @@ _QUANTITIES = {
 
 @dataclass(frozen=True)
 class _Record:
-    """The tables of one step."""
+    """The tables of one step, and the names of all layers, this step's or not."""
 
     weights: pd.DataFrame
     outputs: pd.DataFrame
     probes: pd.DataFrame
     loss: float | None = None
+    known: tuple[str, ...] = ()
 
     @cached_property
     def _asked(self) -> dict[str, pd.DataFrame]:
@@ -317,6 +342,23 @@ class _Record:
     def changes(self) -> dict[str, _Change | None]:
         """By quantity, what `_change` has found."""
         return {}
+
+    @cached_property
+    def unreached(self) -> tuple[str, ...]:
+        """Layers that no gradient comes to, not even one of zero, where others have one."""
+        norms = self.everywhere("weight_grad_norm")
+        if norms.empty:
+            return ()
+        reached = {*norms.index, *self.everywhere("output_grad_norm").index}
+        return tuple(name for name in self.known if name not in reached)
+
+    @cached_property
+    def cut_off(self) -> tuple[str, ...]:
+        """Those of them that are trainable, and were executed before others with a gradient."""
+        places = self.everywhere("entered").sort_values()
+        unreached = places.index.isin(self.unreached)
+        last = places[~unreached].max()
+        return tuple(places.index[unreached & (places < last).to_numpy(dtype=bool)])
 
     @cached_property
     def without_gradient(self) -> pd.DataFrame:
@@ -412,6 +454,18 @@ class _Record:
         return tuple(np.array(silent, dtype=object)[places < last])
 
     @cached_property
+    def starved(self) -> str | None:
+        """The first layer, if its inputs are zero: its outputs are, its weights are not.
+
+        Not where the outputs of any layer differ between inputs: other inputs come in elsewhere.
+        """
+        first = next(iter(self.layers("output_rms")["layer"]), None)
+        norms, sizes = self.everywhere("weight_norm"), self.everywhere("output_rms")
+        if first is None or sizes[first] != 0 or not norms.get(first, 0.0) > 0:
+            return None
+        return None if (self.everywhere("output_spread") > 0).any() else str(first)
+
+    @cached_property
     def silent(self) -> tuple[str, ...]:
         """Layers whose whole gradient is exactly zero."""
         rows = self.layers("weight_grad_norm")
@@ -423,10 +477,16 @@ Found = list[Diagnosis] | str
 
 
 def _examine(record: _Record, step: int) -> Examination:
-    found: dict[str, Found] = {name: check(record) for name, check in _CHECKS.items()}
+    # Which layers are trainable and were executed, `diagnose` alone knows.
+    is_stored = "entered" not in record.weights
+    checks = {name: check for name, check in _CHECKS.items() if not (is_stored and name == CUT_OFF)}
+    found: dict[str, Found] = {name: check(record) for name, check in checks.items()}
     findings = [one for part in found.values() if not isinstance(part, str) for one in part]
     findings.sort(key=lambda one: NAMES.index(one.name))
     unmeasured = {name: part for name, part in found.items() if isinstance(part, str)}
+    recurrent = tuple(map(str, record.everywhere("recurrent").index))
+    if recurrent:
+        unmeasured[THROUGH_TIME] = f"layers are compared, steps of {listed(recurrent)} are not"
     if not findings and _GROWTH not in unmeasured:
         findings = [_healthy(record, [name for name in found if name not in unmeasured])]
     held = record.held_up
@@ -439,6 +499,12 @@ def _examine(record: _Record, step: int) -> Examination:
         f"{len(apart)} layers have no gradient, in branches that the rest goes around (dropped or "
         f"unused in this pass): {listed(apart)}"
     ] * bool(apart)
+    if is_stored and record.unreached:
+        unmeasured[CUT_OFF] = "layers that are frozen or unused have no gradient either"
+        remarks.append(
+            f"{len(record.unreached)} layers have no gradient (frozen, unused in this step, or cut "
+            f"off from the loss by detach, no_grad or the like): {listed(record.unreached)}"
+        )
     frames = {name: getattr(record, name) for name in ("weights", "outputs", "probes")}
     return Examination(step, tuple(findings), unmeasured, tuple(remarks), frames)
 
@@ -447,9 +513,10 @@ def _healthy(record: _Record, looked_at: Sequence[str]) -> Diagnosis:
     change = _change(record, "weight_grad_norm") or _change(record, "output_grad_norm")
     assert change is not None
     absent = ", ".join(name for name in looked_at if name != _GROWTH)
+    time = "; through time it was not measured" * bool(len(record.everywhere("recurrent")))
     sentence = (
         f"the gradient's norm at {change.first} is {tables.short(change.ratio)} times that at "
-        f"{change.last}{_rate_words(change.rate)}; looked for and absent: {absent}"
+        f"{change.last}{_rate_words(change.rate)}{time}; looked for and absent: {absent}"
     )
     return Diagnosis(HEALTHY, sentence, evidence=change.evidence)
 
@@ -476,6 +543,20 @@ def _non_finite(record: _Record) -> Found:
     layers = sorted(names, key=lambda name: record.positions([name])[0])
     evidence = {f"{name}_non_finite": float(len(part)) for name, part in bad.items()}
     return [Diagnosis(NON_FINITE, f"NaN or Inf: {', '.join(told)}", tuple(layers), evidence)]
+
+
+# --- cut off --------------------------------------------------------------------------------------
+
+
+def _cut_off(record: _Record) -> Found:
+    layers = record.cut_off
+    if not layers:
+        return []
+    sentence = (
+        f"no gradient reaches {len(layers)} layers that are trainable and were executed before "
+        "others that have one: it is cut off on its way, or the loss does not use their outputs"
+    )
+    return [Diagnosis(CUT_OFF, sentence, layers, {"layers": float(len(layers))})]
 
 
 # --- vanishing and exploding ----------------------------------------------------------------------
@@ -531,7 +612,10 @@ def _growth(record: _Record) -> Found:
         known |= change is not None
         if change is not None and change.matters:
             return [_grown(record, change, words)]
-    return [] if known else "fewer than two layers with a finite gradient that is not zero"
+    if known:
+        return []
+    recorded = any(len(record.everywhere(quantity)) for quantity in _QUANTITIES)
+    return TOO_FEW if recorded else NO_GRADIENT
 
 
 def _grown(record: _Record, change: _Change, words: str) -> Diagnosis:
@@ -632,7 +716,8 @@ _GRADIENTS = {"weights": "grad", "outputs": "output_grad"}
 
 def _underflow(record: _Record) -> Found:
     silent, known = record.silent, record.everywhere("weight_grad_norm")
-    if silent and (known == 0).all():  # no layer is off: the last one's bias would have a gradient
+    # No layer is off: the last one's bias would have a gradient.
+    if silent and (known == 0).all() and record.starved is None:
         sentence = (
             f"the gradient is exactly zero in all {len(silent)} layers, the last included: it is "
             "below the smallest number of its format, or the loss is flat here"
@@ -684,6 +769,8 @@ def _dead(record: _Record) -> Found:
     """Units of hidden layers through which no gradient comes; the last layer's are the loss's."""
     if (record.everywhere("weight_grad_norm") == 0).all():
         return "no layer has a gradient"
+    if record.starved is not None:
+        return "the inputs are zero, so that nothing comes to the units"
     by_design, small = set(record.held_up), _underflowing(record)
     edge = record.positions(small).max() if small else -1.0
     by_design |= set(record.passed_by)
@@ -753,6 +840,9 @@ def _saturated(record: _Record) -> Found:
 
 def _collapsed(record: _Record) -> Found:
     """From some layer to the end all outputs hardly depend on the input."""
+    if record.starved is not None:
+        sentence = f"the inputs of {record.starved} are exactly zero: all of them are alike"
+        return [Diagnosis(COLLAPSED, sentence, (record.starved,), {"output_rms": 0.0})]
     if "output_spread" not in record.outputs:
         return "output_spread not recorded"
     norms = record.everywhere("weight_norm")
@@ -789,7 +879,7 @@ def _shattered(record: _Record) -> Found:
         if chosen.any():
             value = float(values[chosen].mean())
             if not math.isfinite(value):
-                return "the input's gradient is zero, constant or not finite"
+                return "the input's gradient is zero, cut off, constant or not finite"
             told = words.format(float(x[chosen][0]))
             sentence = f"{told}: {value:.2f} on average"
             return [Diagnosis(SHATTERED, sentence, (), {name: value})] if value < COSINE else []
@@ -798,6 +888,7 @@ def _shattered(record: _Record) -> Found:
 
 _CHECKS: dict[str, Callable[[_Record], Found]] = {
     NON_FINITE: _non_finite,
+    CUT_OFF: _cut_off,
     UNDERFLOW: _underflow,
     _GROWTH: _growth,
     DEAD: _dead,

@@ -7,11 +7,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradflow.errors import GradflowError
+from gradflow.recording.modules import all_tensors, tensors_of
 from gradflow.recording.probes import gradient_cosine
-from gradflow.recording.probes.passes import Reading, output_of, readout, untouched
+from gradflow.recording.probes.passes import (
+    Reading,
+    output_of,
+    readout,
+    untouched,
+    without_gradients,
+)
 from gradflow.recording.recorder import Recorder, unseen
 from gradflow.recording.slopes import Slopes
 
@@ -31,26 +40,33 @@ def diagnose(
     """What is wrong with the gradient of a model, where, and what usually helps: `print` it.
 
     One forward and backward pass, and two passes for the gradients of neighbouring inputs, in the
-    mode in which the model is. It is left as it was: parameters, `.grad`, buffers, modes, hooks,
-    and torch's random generators.
+    mode in which the model is. It is left as it was: parameters (of which a copy is held
+    meanwhile), `.grad`, buffers, modes, hooks, and torch's random generators. Lazy modules alone
+    are initialised, as by any first pass.
 
     Args:
         model: any module with parameters, at initialisation or later.
         batch: inputs, or the pair (inputs, targets), a tuple or list. Inputs are a tensor
-            (samples, …), or a mapping of keyword arguments. From 16 samples on, dead units can be
-            told.
-        loss: `loss(output, targets)`, or `loss(output)` where the batch has no targets; by default
-            a random linear readout of the output, as theory takes it.
+            (samples, …), a tuple or list of positional arguments, or a mapping of keyword
+            arguments: `((a, b), targets)` runs `model(a, b)`, and so does `((a, b),)`. From 16
+            samples on, dead units can be told.
+        loss: `loss(output, targets)`, or `loss(output)` where the batch has no targets: a tensor of
+            one element. By default a random linear readout of the output, as theory takes it.
         seed: of the readout, and of the direction to neighbouring inputs.
 
     Returns:
         `.findings`, `.unmeasured`, `.tables`, `.plot()`; see `gradflow.diagnosis.Examination`.
 
     Raises:
-        GradflowError: no parameter has a gradient.
+        GradflowError: no parameter has a gradient, the batch is empty, or the loss is not one
+            number.
     """
-    inputs, *targets = batch if isinstance(batch, tuple | list) else (batch,)
-    with unseen(model):
+    parts = batch if isinstance(batch, tuple | list) else (batch,)
+    first = next(all_tensors(parts[:1]), None)
+    if not parts or (first is not None and not first.numel()):
+        raise GradflowError("diagnose: the batch is empty; it wants one sample or more")
+    inputs, *targets = parts
+    with unseen(model), _restored(model):
         return _diagnosed(model, inputs, targets, loss, seed)
 
 
@@ -64,23 +80,49 @@ def _diagnosed(
     from gradflow.diagnosis import diagnose_tables
 
     recorder = Recorder(model, _QUANTITIES, schedule=lambda step: True)
-    saturation = _Saturation(recorder)
-    with _without_gradients(model), untouched(model), recorder:
-        with saturation.watching():
+    seen = _Forward(recorder)
+    with without_gradients(model), untouched(model), recorder:
+        with seen.watching():
             output = _forward(model, inputs)
         value = _readout(output, seed) if loss is None else loss(output, *targets)
-        if not value.requires_grad:
-            raise GradflowError("diagnose: the loss depends on no parameter that has a gradient")
+        _check_loss(value)
         value.backward()
         recorder.step(value.detach())
     weights, outputs = recorder.table("weights"), recorder.table("outputs")
-    _add(outputs, "saturated", saturation.shares())
-    found = diagnose_tables(weights, outputs, _probed(model, inputs, seed), loss=value.item())
+    _add(outputs, "saturated", seen.shares())
+    _add(weights, "entered", seen.entered)
+    _add(weights, "recurrent", seen.recurrent)
+    probes = _probed(model, inputs, seed) if tensors_of(output) else None
+    found = diagnose_tables(weights, outputs, probes, loss=value.item())
     return replace(found, step=None)
 
 
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Parameters that a pass changes, as an embedding's `max_norm` does, are as before after it."""
+    kept = [(p, p.detach().clone()) for p in model.parameters() if not is_lazy(p)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in kept:
+                if not torch.equal(parameter, values):
+                    parameter.copy_(values)
+
+
 def _forward(model: nn.Module, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _check_loss(value: Any) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        is_tensor = isinstance(value, Tensor)
+        what = f"of shape {tuple(value.shape)}" if is_tensor else f"a {type(value).__name__}"
+        raise GradflowError(f"diagnose: the loss has to be a tensor of one element, and is {what}")
+    if not value.requires_grad:
+        raise GradflowError("diagnose: the loss depends on no parameter that has a gradient")
 
 
 def _readout(output: Any, seed: int) -> Tensor:
@@ -98,19 +140,6 @@ def _probed(model: nn.Module, inputs: Any, seed: int) -> pd.DataFrame:
     return pd.DataFrame({"step": 0, **columns})
 
 
-@contextlib.contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Parameters have no `.grad` in this block, and theirs again afterwards."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in kept:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
-
-
 _QUANTITIES = (
     "weight_grad_norm", "weight_norm", "grad_zeros", "grad_subnormals",
     "output_rms", "output_grad_norm", "output_spread", "output_grad_zeros",
@@ -118,12 +147,26 @@ _QUANTITIES = (
 )  # fmt: skip
 
 
-class _Saturation:
-    """Which share of activations is flat, by the module that was entered or left last."""
+class _Forward:
+    """What a diagnosis wants to know beside what is recorded.
+
+    Which share of activations is flat, by the module that was entered or left last.
+
+    Attributes:
+        entered: trainable layers -> the place of each in the order of execution, which counts what
+            runs without gradients, too.
+        recurrent: layers that go through time by themselves, 1 each.
+    """
 
     def __init__(self, recorder: Recorder):
         layers = recorder._layers
         self._modules = dict(zip(layers.owners, layers.select("outputs"), strict=True))
+        self.entered: dict[str, float] = {}
+        self.recurrent = {
+            row.layer: 1.0
+            for module, row in self._modules.items()
+            if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        }
         self._latest: str | None = None
         self._flat: dict[str, list[float]] = {}  # layer -> flat elements, elements
 
@@ -134,9 +177,14 @@ class _Saturation:
         def note(module: nn.Module, *_: Any) -> None:
             self._latest = self._modules[module].layer
 
+        def enter(module: nn.Module, *_: Any) -> None:
+            note(module)
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                self.entered.setdefault(self._modules[module].layer, len(self.entered))
+
         with contextlib.ExitStack() as undo:
             for module in self._modules:
-                undo.callback(module.register_forward_pre_hook(note).remove)
+                undo.callback(module.register_forward_pre_hook(enter).remove)
                 undo.callback(module.register_forward_hook(note).remove)
             undo.enter_context(Slopes(self._on_activation))
             yield

@@ -19,6 +19,7 @@ from gradflow.recording.probes.passes import (
     readout,
     untouched,
     wide,
+    without_gradients,
 )
 
 _ROWS = 128
@@ -149,8 +150,9 @@ def gradient_cosine(
     Each input x gets a neighbour x + δ, δ in a random direction and ‖δ‖ = distance·‖x‖. The cosine
     of ∂L/∂x at both, L one random linear readout of the output, is averaged over the inputs. The
     inputs and their neighbours are a batch each. 1 where the gradient is the same, about 0 where it
-    is shattered: Balduzzi et al. 2017 (arXiv 1702.08591). nan where a gradient is zero. What is in
-    half precision is measured on a copy in float32: there, neighbours round to one number.
+    is shattered: Balduzzi et al. 2017 (arXiv 1702.08591). nan where a gradient is zero, or cut off
+    from the input. What is in half precision is measured on a copy in float32: there, neighbours
+    round to one number.
 
     Args:
         inputs: (N, …), floating-point.
@@ -173,11 +175,13 @@ def gradient_cosine(
 
 
 def _readout_gradient(model: nn.Module, inputs: Tensor, seed: int) -> Tensor:
+    """Zero where the output does not depend on the input, or the way back is cut."""
     x = differentiable(inputs)
-    with untouched(model):
+    with untouched(model), without_gradients(model):
         y = output_of(model(x))
-        (gradient,) = torch.autograd.grad(y, x, readout(y, seed))
-    return wide(gradient)
+        if y.requires_grad:
+            y.backward(readout(y, seed))  # reentrant checkpointing refuses `autograd.grad`
+    return torch.zeros_like(wide(inputs)) if x.grad is None else wide(x.grad)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -58,8 +58,15 @@ def readout(output: Tensor, seed: int) -> Tensor:
 
 
 def output_of(output: Any) -> Tensor:
-    """The first floating-point tensor of what a module returned."""
-    return tensors_of(output)[0]
+    """The first floating-point tensor of what a module returned.
+
+    Raises:
+        GradflowError: there is none.
+    """
+    tensors = tensors_of(output)
+    if not tensors:
+        raise GradflowError("the model's output has no floating-point tensor with elements")
+    return tensors[0]
 
 
 def differentiable(inputs: Tensor) -> Tensor:
@@ -106,6 +113,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, buffer)
             for module, training in modes:
                 module.training = training
+
+
+@contextlib.contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Parameters have no `.grad` in this block, and theirs again afterwards."""
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
 
 def watched(model: nn.Module) -> dict[str, nn.Module]:
