@@ -1,6 +1,8 @@
 """Modules of all kinds, against autograd by hand."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -10,6 +12,7 @@ from recorded import ALWAYS, cells, column, loop, near, norm, record, rms
 from torch import Tensor, nn
 
 from gradflow import Recorder, build_network
+from gradflow.recording.modules import all_tensors
 
 
 def test_a_module_used_twice_has_one_row() -> None:
@@ -262,6 +265,37 @@ def test_all_tensors_of_an_output_count() -> None:
     inner = kept[1].grad + 2 * kept[2].grad  # type: ignore[operator]  # `a` feeds both others
     gradients = [norm(inner), norm(kept[1].grad), norm(kept[2].grad)]  # type: ignore[arg-type]
     assert row["output_grad_norm"] == near(math.hypot(*gradients), rel=1e-6)
+
+
+@dataclass
+class Half:
+    """Whose second field has no value yet."""
+
+    first: Tensor
+    second: Tensor = field(init=False)
+
+
+def around_itself(y: Tensor) -> dict[str, Any]:
+    output: dict[str, Any] = {"y": y}
+    output["all"] = [output]
+    return output
+
+
+class Odd(nn.Module):
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.weight, self.make = nn.Parameter(torch.ones(3)), make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(x * self.weight)
+
+
+@pytest.mark.parametrize("make", [Half, around_itself])
+def test_outputs_that_are_unfinished_or_contain_themselves(make: Callable[[Tensor], Any]) -> None:
+    network = Odd(make)
+    recorder = record(network, lambda: next(all_tensors(network(torch.full((2, 3), 2.0)))).sum())
+    assert column(recorder, "outputs", "output_rms") == {"Odd": 2}
+    assert column(recorder, "outputs", "output_grad_norm")["Odd"] == near(6**0.5, rel=1e-6)
 
 
 def test_recurrent_and_attention_layers_are_recorded() -> None:

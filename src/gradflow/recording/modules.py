@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -64,19 +64,24 @@ def values_of(tensor: Tensor) -> Tensor:
     return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
 
 
-def all_tensors(value: Any) -> Iterator[Tensor]:
+def all_tensors(value: Any, around: tuple[int, ...] = ()) -> Iterator[Tensor]:
     """Those in tuples, lists, dicts and dataclasses, of any kind."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from all_tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from all_tensors(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from all_tensors(getattr(value, field.name))
+    elif id(value) not in around:  # what contains itself would have no end
+        for item in _items(value):
+            yield from all_tensors(item, (*around, id(value)))
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, tuple | list):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # A field may be without a value yet.
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return ()
 
 
 # --- blocks ---------------------------------------------------------------------------------------
