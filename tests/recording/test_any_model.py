@@ -1010,6 +1010,21 @@ def test_nothing_stays_on_a_parameter_that_is_returned(dtype: torch.dtype) -> No
         check(recorder, expected, dtype, step)
 
 
+def test_a_parameter_that_several_passes_return(dtype: torch.dtype) -> None:
+    """Each pass back counts once, those of one `backward` together."""
+    model, _ = built(its_parameter)
+    batches = torch.randn(3, 5, 4)
+    losses = [lambda i=i: model(batches[i]).square().mean() for i in range(3)]
+    first, *both = (torch.autograd.grad(loss(), model.token.weight)[0] for loss in losses)
+    with Recorder(model, schedule=ALWAYS) as recorder:
+        losses[0]().backward()
+        (losses[1]() + losses[2]()).backward()
+        recorder.step()
+    found = column(recorder, "outputs", "output_grad_norm")["token"]
+    expected = math.hypot(norm(first), norm(sum(both)))
+    assert same(found, expected, TOLERANCE[dtype])
+
+
 # --- small and large ------------------------------------------------------------------------------
 
 

@@ -77,7 +77,10 @@ class Passes:
         self._attached: tuple[Any, ...] | None = None  # for what; how many layers had a place
         self._samples = 0  # in the forward pass under way, or that is repeated
         self._sizes: set[int] = set()  # numbers of samples in the step's passes
-        self._on_leaves: list[Any] = []  # handles of hooks on outputs that outlive a step
+        # What outlives a pass, a parameter say, has one hook a step for each that looks: key ->
+        # handle, and the tensor, whose id is in the key.
+        self._on_leaves: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
+        self._through: dict[tuple[int, int], list[Tensor]] = {}  # what came to one through a skip
         self._handled: list[BaseException | None] = []  # what was handled as a pass began
         self._joining = self._paused = False
         self._was_paused = False  # in the step under way
@@ -160,8 +163,9 @@ class Passes:
         self._handled.append(sys.exception())
         if not self.count and self._weights.are_others_watched():
             self._watch_passes()
-        inputs = next(all_tensors((args, kwargs)), None)
-        self._samples = 0 if inputs is None or not inputs.dim() else len(inputs)
+        if self._watching():
+            inputs = next(all_tensors((args, kwargs)), None)
+            self._samples = 0 if inputs is None or not inputs.dim() else len(inputs)
 
     def _on_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         """After each forward pass of the model; after one that raised, without an output."""
@@ -195,8 +199,10 @@ class Passes:
 
     def end_step(self) -> None:
         """What is seen from now on is another step's."""
-        while self._on_leaves:
-            self._on_leaves.pop().remove()
+        for handle, _ in self._on_leaves.values():
+            handle.remove()
+        self._on_leaves.clear()
+        self._through.clear()
         self._weights.end_passes()
         self._under_way += 1
         self.count = 0
@@ -238,7 +244,8 @@ class Passes:
         if "dead_units" in wanted and output.requires_grad:
             axis = elements.unit_axis(module, output, self._samples)
             if axis is not None and output.dim() > 1:
-                self._on_backward(output, partial(self._look_at_reached, index, axis))
+                look = partial(self._look_at_reached, index, axis)
+                self._on_backward(output, look, "dead_units", index)
 
     def _look_at_reached(self, index: int, axis: int, gradient: Tensor) -> None:
         reached = elements.reached_units(gradient, axis)
@@ -289,11 +296,12 @@ class Passes:
     def _watch_split(self, index: int, wanted: frozenset[str], x: Tensor) -> Tensor:
         """Measure what comes to `x` through the skip, of which the view returned is for, beside
         all that comes to it."""
-        through: list[Tensor] = []
+        through = self._through.setdefault((index, id(x)), []) if x.is_leaf else []
         view = x.view_as(x)
 
         def look(gradient: Tensor) -> None:
-            skip = through.pop() if through else torch.zeros_like(gradient)
+            skip = sum(through, torch.zeros_like(gradient))
+            through.clear()
             precision = torch.finfo(gradient.dtype).eps
             if gradient.element_size() < 4:
                 gradient, skip = gradient.float(), skip.float()
@@ -306,7 +314,7 @@ class Passes:
                 self._put("blocks", index, "x_grad_cosine", cosine, 1)
 
         self._on_backward(view, through.append)
-        self._on_backward(x, look)
+        self._on_backward(x, look, "split", index)
         return view
 
     def _add(self, table: str, index: int, measures: _Measures, tensor: Tensor) -> None:
@@ -318,13 +326,20 @@ class Passes:
         self._buffers[table].add(index, name, known, count)
 
     def _watch_gradient(self, table: str, index: int, measures: _Measures, tensor: Tensor) -> None:
-        self._on_backward(tensor, partial(self._add, table, index, measures))
+        look = partial(self._add, table, index, measures)
+        self._on_backward(tensor, look, table, index, measures)
 
-    def _on_backward(self, tensor: Tensor, look: Callable[[Tensor], None]) -> None:
-        """Have `look` see the gradient with respect to a tensor, in the step under way."""
-        handle = tensor.register_hook(partial(self._on_gradient, self._under_way, look))
-        if tensor.is_leaf:  # a parameter, say: it and the hook would stay
-            self._on_leaves.append(handle)
+    def _on_backward(self, tensor: Tensor, look: Callable[[Tensor], None], *what: Any) -> None:
+        """Have `look`, which is for `what`, see the gradient with respect to a tensor in this step.
+
+        A parameter that several passes return is one tensor, and each pass back reaches all hooks
+        on it.
+        """
+        hook = partial(self._on_gradient, self._under_way, look)
+        if not tensor.is_leaf:
+            tensor.register_hook(hook)
+        elif (key := (id(tensor), *what)) not in self._on_leaves:
+            self._on_leaves[key] = tensor.register_hook(hook), tensor
 
     def _on_gradient(
         self, under_way: int, look: Callable[[Tensor], None], gradient: Tensor
