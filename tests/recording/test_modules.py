@@ -10,6 +10,7 @@ import pytest
 import torch
 from recorded import ALWAYS, cells, column, loop, near, norm, record, rms
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from gradflow import Recorder, build_network
 from gradflow.recording.modules import all_tensors
@@ -367,6 +368,37 @@ def test_first_to_last() -> None:
     assert ratio == near(found["first"] / found["last"], rel=1e-6)
 
 
+def scripted(module: nn.Module) -> nn.Module:
+    return torch.jit.script(module)
+
+
+def traced(module: nn.Module) -> nn.Module:
+    return torch.jit.trace(module, torch.ones(1, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [scripted, traced])
+def test_what_torchscript_runs_has_weights_alone(
+    compiled: Callable[[nn.Module], nn.Module],
+) -> None:
+    inner = compiled(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    network = nn.Sequential(nn.Linear(4, 4), inner, nn.Linear(4, 1))
+    with (
+        Recorder(network, schedule=ALWAYS) as recorder,
+        pytest.warns(UserWarning, match=r"not recorded of .*, or TorchScript, .*: 1\.0$"),
+    ):
+        loop(recorder, 2)
+    gradients = {
+        name: math.hypot(*(norm(p.grad) for p in network.get_submodule(name).parameters()))
+        for name in ("0", "1.0", "2")
+    }
+    assert column(recorder, "weights", "weight_grad_norm", 1) == near(gradients, rel=1e-6)
+    assert set(column(recorder, "outputs", "output_rms", 1)) == {"0", "2"}
+    assert recorder.table("modules")["layer"].tolist() == ["0", "1.0", "2"]
+    assert recorder.locate_forward(lambda: network(torch.full((2, 4), torch.nan))) == "0"
+    assert record(inner, lambda: inner(torch.ones(2, 4)).sum(), quantities="weight_norm")
+
+
 def test_a_parameter_put_in_another_s_place_is_read() -> None:
     """By assignment, pruning, an adapter: the record follows the model, not what it once was."""
     network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 1))
@@ -380,6 +412,55 @@ def test_a_parameter_put_in_another_s_place_is_read() -> None:
     assert network[0].weight.grad is not None
     gradients = cells(recorder.table("weights"), "weight_grad_norm")
     assert gradients[1, "0"] == near(norm(network[0].weight.grad), rel=1e-6)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
+    "pruned": (lambda m: prune.l1_unstructured(m[0], "weight", 0.5), "0"),
+    "parametrised": (
+        lambda m: parametrize.register_parametrization(m[0], "weight", Doubled()),
+        "0, 0.parametrizations.weight",
+    ),
+    "without bias": (lambda m: m[0].register_parameter("bias", None), "0"),
+    "with one more": (lambda m: m[0].register_parameter("scale", nn.Parameter(torch.ones(3))), "0"),
+    "with another layer": (lambda m: m.append(nn.Linear(1, 1)), "2"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_that_come_and_go_are_named_and_null(change: str) -> None:
+    """The value of what is left of a module's parameters would be nothing that anyone asked for."""
+    alter, named = CHANGES[change]
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    with Recorder(network, ("weight_grad_norm", "weight_norm"), ALWAYS) as recorder:
+        loop(recorder, 1)
+        alter(network)
+        with pytest.warns(UserWarning, match=f"other parameters than .*: {named}$"):
+            recorder.flush()
+        loop(recorder, 1)  # and not again
+        recorder.flush()
+    left = {"1": near(norm(torch.cat([p.flatten() for p in network[1].parameters()])), rel=1e-6)}
+    if named == "2":
+        left["0"] = near(norm(torch.cat([p.flatten() for p in network[0].parameters()])), rel=1e-6)
+    assert column(recorder, "weights", "weight_norm", 0).keys() == {"0", "1"}
+    assert column(recorder, "weights", "weight_norm", 1) == left
+    assert column(recorder, "weights", "weight_grad_norm", 1).keys() == left.keys()
+
+
+@pytest.mark.parametrize("change", ["pruned", "parametrised"])
+def test_a_parameter_that_has_gone_is_missed_at_once(change: str) -> None:
+    """And not when it is looked for the next time."""
+    alter, named = CHANGES[change]
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    with Recorder(network, "weight_grad_norm", ALWAYS) as recorder:
+        alter(network)
+        with pytest.warns(UserWarning, match=f": {named}$"):
+            loop(recorder, 1)
+    assert column(recorder, "weights", "weight_grad_norm").keys() == {"1"}
 
 
 def test_a_replaced_module_is_named_and_null() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from gradflow.recording.buffers import Buffer, Drained
 from gradflow.recording.layers import Layers
-from gradflow.recording.modules import tensors_of
+from gradflow.recording.modules import takes_hooks, tensors_of
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def locate_forward(layers: Layers, forward: Callable[[], Any]) -> int | None:
     handles = [
         module.register_forward_hook(partial(look, index))
         for index, module in enumerate(layers.owners)
+        if takes_hooks(module)
     ]
     try:
         with torch.no_grad():

@@ -15,6 +15,8 @@ from gradflow.recording.modules import class_name, is_block, is_compiled, kind_o
 from gradflow.recording.shards import is_sharded
 
 _LAST = 10**9
+_Slot = tuple[dict[str, nn.Parameter | None], str]
+_NOWHERE: _Slot = ({"": None}, "")
 
 
 @dataclass
@@ -53,7 +55,8 @@ class Layers:
         self.owners: list[nn.Module] = []
         self.blocks: list[nn.Module] = []
         self.own: list[list[int]] = []
-        self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._slots: list[_Slot] = []
+        self._told: set[str] = set()  # layers whose parameters are known to be others now
         self._waits = True  # for parameters that may have no elements yet
         self._entered: dict[str, None] = {}  # in the step under way, in order
         self._calls: dict[str, _Call] = {}
@@ -69,25 +72,13 @@ class Layers:
         self.on_cpu = self.device.type == "cpu"
 
     def _find(self, model: nn.Module) -> None:
-        seen: set[int] = set()
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        modules = {name_of(name): module for name, module in model.named_modules()}
-        root = class_name(modules[""])
         blocks: list[str] = []
-        for place, (name, module) in enumerate(modules.items()):
-            layer = name or (root if root not in modules else f"{root}()")
+        for place, (layer, (module, own)) in enumerate(_modules(model).items()):
             self._tree[layer] = place
             if is_block(module):
                 blocks.append(layer)
                 self.blocks.append(module)
-            own = [
-                label
-                for label, parameter in module.named_parameters(recurse=False)  # a tied one once
-                if _is_recorded(parameter) and id(parameter) not in seen
-            ]
             if own:
-                seen |= {id(module._parameters[label]) for label in own}
                 self.own.append([len(self._slots) + i for i in range(len(own))])
                 self._slots += [(module._parameters, label) for label in own]
                 self.owners.append(module)
@@ -111,27 +102,56 @@ class Layers:
 
     def _parameter(self, place: int) -> nn.Parameter | None:
         parameters, label = self._slots[place]
-        return parameters.get(label)
+        try:
+            return parameters[label]
+        except KeyError:
+            return None
 
     def parameters(self) -> list[nn.Parameter | None]:
         """The owners' parameters as they are now: a model may put others in their place.
 
-        None for one that is not there any more, or has no elements yet.
+        None for one that has no elements yet, and for all of a module that has lost one.
         """
-        found = [parameters.get(label) for parameters, label in self._slots]
+        try:
+            found = [parameters[label] for parameters, label in self._slots]
+        except KeyError:
+            self._drop_incomplete()
+            return self.parameters()
         if self._waits and any(p is not None and is_lazy(p) for p in found):
             return [None if p is None or is_lazy(p) else p for p in found]
         self._waits = False
         return found
 
-    def drop_replaced(self) -> list[str]:
-        """Let go of the parameters of modules that are in the model no more: the layers' names."""
-        present = {id(module) for module in self._model.modules()}
-        gone = [i for i, owner in enumerate(self.owners) if id(owner) not in present]
-        gone = [i for i in gone if any(self._slots[place][0] for place in self.own[i])]
-        for place in (place for i in gone for place in self.own[i]):
-            self._slots[place] = ({}, "")
-        return [self.rows[i].layer for i in gone]
+    def _drop_incomplete(self) -> None:
+        for index, own in enumerate(self.own):
+            if not all(label in parameters for parameters, label in self._of(own)):
+                self._drop(index)
+
+    def _of(self, own: Sequence[int]) -> list[_Slot]:
+        return [self._slots[place] for place in own]
+
+    def _drop(self, index: int) -> None:
+        """Let go of a module's own parameters: from now on they are null."""
+        for place in self.own[index]:
+            self._slots[place] = _NOWHERE
+
+    def drop_changed(self) -> list[str]:
+        """Let go of modules that are in the model no more, or whose own parameters are others.
+
+        Returns:
+            their layers, and those that are new in the model, each the first time only.
+        """
+        present = {id(m): (layer, own) for layer, (m, own) in _modules(self._model).items()}
+        changed = []
+        for index, owner in enumerate(self.owners):
+            _, own = present.pop(id(owner), ("", []))
+            if {label for _, label in self._of(self.own[index])} != set(own):
+                changed.append(self.rows[index].layer)
+                self._drop(index)
+        changed += [layer for layer, own in present.values() if own]
+        new = [layer for layer in dict.fromkeys(changed) if layer not in self._told]
+        self._told.update(new)
+        return new
 
     def is_inside(self, layer: str, other: str) -> bool:
         """Whether a layer is a part of the other."""
@@ -205,7 +225,7 @@ class Layers:
     def place(self, row: Layer, index: int = 0) -> tuple[int, bool, int]:
         """Sorts by position: what was not executed right behind its nearest, or else last.
 
-        What torch.compile runs is not seen: it stands behind what comes before it in the model.
+        What is compiled is not seen: it stands behind what comes before it in the model.
         """
         nearest = self.nearest(row.layer)
         if nearest is not None:
@@ -229,11 +249,30 @@ class Layers:
         return {name: columns[name] for name in order}
 
 
+def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
+    """Layer -> module, and labels of its own parameters; one that is shared is the first's."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    modules = {name_of(name): module for name, module in model.named_modules()}
+    root = class_name(modules[""])
+    root = f"{root}()" if root in modules else root
+    seen: set[int] = set()
+    found: dict[str, tuple[nn.Module, list[str]]] = {}
+    for name, module in modules.items():
+        own: list[str] = []
+        found[name or root] = module, own
+        for label, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen and _is_recorded(parameter):
+                seen.add(id(parameter))
+                own.append(label)
+    return found
+
+
 def _is_recorded(parameter: nn.Parameter) -> bool:
     return parameter.is_floating_point() and (is_lazy(parameter) or bool(parameter.numel()))
 
 
 def _compiled(model: nn.Module) -> set[str]:
-    """Paths of the modules that torch.compile has been asked to run, each ending in a dot."""
+    """Paths of the modules that torch.compile or TorchScript runs, each ending in a dot."""
     paths = {name_of(name) for name, module in model.named_modules() if is_compiled(module)}
     return {f"{path}." if path else "" for path in paths}

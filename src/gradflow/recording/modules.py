@@ -139,9 +139,14 @@ def ignore(*_: Any) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has been asked to run it."""
+    """Whether torch.compile has been asked to run it, or TorchScript does."""
     compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return compiled or hasattr(module, "_orig_mod")
+    return compiled or hasattr(module, "_orig_mod") or not takes_hooks(module)
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether it may have hooks: what `torch.jit` has scripted or traced may not."""
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 class Terms(Watch):

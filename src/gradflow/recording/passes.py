@@ -18,7 +18,14 @@ from gradflow.recording import elements
 from gradflow.recording.buffers import Buffer
 from gradflow.recording.execution import is_batched, is_repeated, is_transformed, will_be_repeated
 from gradflow.recording.layers import Layer, Layers
-from gradflow.recording.modules import Watch, all_tensors, ignore, stand_in, tensors_of
+from gradflow.recording.modules import (
+    Watch,
+    all_tensors,
+    ignore,
+    stand_in,
+    takes_hooks,
+    tensors_of,
+)
 from gradflow.recording.norms import norm
 from gradflow.recording.weights import Weights
 
@@ -91,8 +98,9 @@ class Passes:
     def attach(self, model: nn.Module) -> None:
         """Watch passes of the model; of its layers, what `expect` says."""
         before, after = Watch(self._before_pass, ignore), Watch(self._on_pass, ignore)
-        self._undo.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        self._undo.append(model.register_forward_hook(after, always_call=True).remove)
+        if takes_hooks(model):
+            self._undo.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+            self._undo.append(model.register_forward_hook(after, always_call=True).remove)
         for index, block in enumerate(self._layers.blocks):
             terms, undo = stand_in(block)
             self._terms.append((terms, partial(self._on_terms, index)))
@@ -119,11 +127,13 @@ class Passes:
         if self._attached == attached:
             return
         self._attached = attached
-        self.say_what_is_replaced()
+        self.say_what_has_changed()
         for (terms, around), row in zip(self._terms, self._layers.select("blocks"), strict=True):
             terms.switch(around, on=measures_blocks or not self._layers.is_placed(row))
         rows = self._layers.select("outputs")
         for index, module in enumerate(self._layers.owners):
+            if not takes_hooks(module):
+                continue
             unknown = not self._layers.is_placed(rows[index])
             if not (unknown or measures_outputs):
                 self._hooks.pop(index, ignore)()
@@ -363,18 +373,19 @@ class Passes:
         ]
         if unread:
             warnings.warn(
-                "gradflow: outputs are not recorded of layers that torch.compile runs, or that are "
-                f"used without being called: {_shown(unread)}",
+                "gradflow: outputs are not recorded of layers that torch.compile runs, or "
+                f"TorchScript, or that are used without being called: {_shown(unread)}",
                 stacklevel=5,
             )
 
-    def say_what_is_replaced(self) -> None:
-        """Name, once, the layers whose module is in the model no more: null from now on."""
-        gone = self._layers.drop_replaced()
-        if gone:
+    def say_what_has_changed(self) -> None:
+        """Name, once, the layers whose parameters are others than they were, or new: null now."""
+        changed = self._layers.drop_changed()
+        if changed:
             warnings.warn(
-                "gradflow: modules were replaced after the recorder was made, and are not recorded "
-                f"any more (another Recorder sees those in their place): {_shown(gone)}",
+                "gradflow: modules were replaced or added, or have other parameters than when the "
+                "recorder was made, and are not recorded any more (another Recorder sees what is "
+                f"there now): {_shown(changed)}",
                 stacklevel=5,
             )
 

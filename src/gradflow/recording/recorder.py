@@ -447,7 +447,7 @@ class Recorder:
     def flush(self) -> None:
         """Empty the buffers into tables (and files). Waits for the device."""
         began = time.perf_counter()
-        self._passes.say_what_is_replaced()
+        self._passes.say_what_has_changed()
         drained = {name: buffer.drain() for name, buffer in self._buffers.items()}
         steps, self._step_rows = _plain(self._step_rows), []
         if self._layers.sharded and steps:
