@@ -499,6 +499,20 @@ def test_copies_of_a_watched_model_are_not_recorded() -> None:
     assert network[1].skip.beta.item() == 0
 
 
+def test_a_stored_model_loads_without_gradflow() -> None:
+    network, stored = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), io.BytesIO()
+    with Recorder(network):
+        torch.save(network, stored)
+    assert b"gradflow" not in stored.getvalue()
+    stored.seek(0)
+    x = torch.randn(3, 4)
+    loaded = torch.load(stored, weights_only=False)
+    assert torch.equal(loaded(x), network(x))
+    torch._dynamo.reset()
+    compiled = torch.compile(loaded, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), network(x))
+
+
 def test_values_of_a_step() -> None:
     network = nn.Linear(4, 4)
     with Recorder(network) as recorder:

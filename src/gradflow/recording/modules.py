@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections import Counter
@@ -127,15 +128,12 @@ class Watch:
         return self._call(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self._instead,)
+        # Of Python's own, that a stored model can be loaded where there is no gradflow.
+        return partial, (self._instead,)
 
 
-def _itself(value: Any) -> Any:
-    return value
-
-
-def ignore(*_: Any) -> None:
-    """A hook that does nothing."""
+ignore: Callable[..., None] = contextlib.nullcontext().__exit__
+"""A hook that does nothing; a function of ours could not be stored without naming gradflow."""
 
 
 def is_compiled(module: nn.Module) -> bool:
