@@ -414,6 +414,31 @@ def test_a_parameter_put_in_another_s_place_is_read() -> None:
     assert gradients[1, "0"] == near(norm(network[0].weight.grad), rel=1e-6)
 
 
+def test_outputs_are_those_in_front_of_all_hooks() -> None:
+    """Whether a hook was there before the recorder, and whenever the recorder's is put on again."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    made: list[Tensor] = []
+
+    def enlarge(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output.retain_grad()
+        made.append(output)
+        return 10 * output
+
+    network[0].register_forward_hook(enlarge)
+    measured = (0, 2, 3)
+    with Recorder(network, schedule={"outputs": lambda step: step in measured}) as recorder:
+        network[1].register_forward_hook(enlarge)
+        loop(recorder, 4)
+    for name, index in (("0", 0), ("1", 1)):
+        outputs = [made[2 * step + index] for step in measured]
+        for quantity, expected in (
+            ("output_rms", [rms(output) for output in outputs]),
+            ("output_grad_norm", [norm(output.grad) for output in outputs]),
+        ):
+            found = [column(recorder, "outputs", quantity, step)[name] for step in measured]
+            assert found == near(expected, rel=1e-6)
+
+
 class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x

@@ -130,7 +130,7 @@ def locate_forward(layers: Layers, forward: Callable[[], Any]) -> int | None:
             found.append(index)
 
     handles = [
-        module.register_forward_hook(partial(look, index))
+        module.register_forward_hook(partial(look, index), prepend=True)  # as it is recorded
         for index, module in enumerate(layers.owners)
         if takes_hooks(module)
     ]

@@ -139,7 +139,9 @@ class Passes:
                 self._hooks.pop(index, ignore)()
             elif index not in self._hooks:
                 watch = Watch(partial(self._on_output, index), ignore)
-                self._hooks[index] = module.register_forward_hook(watch).remove
+                # In front of the user's, as these may change the output: put behind them, it would
+                # be another one that is measured after each time that hooks are put on again.
+                self._hooks[index] = module.register_forward_hook(watch, prepend=True).remove
             if not unknown:
                 self._entering.pop(index, ignore)()
             elif index not in self._entering and rows[index].kind != "block":
