@@ -1,8 +1,9 @@
 """Modules of all kinds, against autograd by hand."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize, prune
 
 from gradflow import Recorder, build_network
 from gradflow.recording.modules import all_tensors
+from gradflow.store import Run
 
 
 def test_a_module_used_twice_has_one_row() -> None:
@@ -191,7 +193,7 @@ def test_positions_in_a_transformer() -> None:
     assert named["stage"].isna().tolist() == [name == "spare" for name in layers]
 
 
-def test_what_is_executed_later_comes_behind() -> None:
+def test_what_is_executed_later_is_merged_into_the_order() -> None:
     network = nn.ModuleDict({name: nn.Linear(2, 2) for name in "abc"})
     with Recorder(network) as recorder:
         for order in ("c", "ac", "ba"):
@@ -199,8 +201,58 @@ def test_what_is_executed_later_comes_behind() -> None:
                 network[name](torch.randn(3, 2)).sum().backward()
             recorder.step()
     modules = recorder.table("modules")
-    assert modules["layer"].tolist() == ["c", "a", "b"]
+    assert modules["layer"].tolist() == ["b", "a", "c"]
     assert modules["calls"].tolist() == [1, 1, 1]
+
+
+class Chosen(nn.Module):
+    """Executes some of its layers, and their widths tell stages apart."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 1)
+        self.layers = nn.ModuleList([nn.Linear(4, width) for width in widths])
+        self.stem = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, chosen: Sequence[int]) -> Tensor:
+        x = self.stem(x)
+        for index in chosen:
+            x = x + self.layers[index](x).mean()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("schedule", [None, {"outputs": lambda step: False}])
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_layers_that_some_steps_leave_out_have_their_place(
+    accumulated: bool, schedule: Any, tmp_path: Path
+) -> None:
+    """Behind the layer executed before it, and not behind the head: in what is saved too."""
+    passes = [(1, 3), (0, 3), (2, 3), (0, 1, 4), (1, 2, 4), (1, 2, 3)]
+    network = Chosen((3, 3, 5, 5, 7))
+    with Recorder(network, schedule=schedule, save=tmp_path / "run") as recorder:
+        for chosen in passes:
+            network(torch.randn(2, 4), chosen).sum().backward()
+            if not accumulated:
+                recorder.step()
+                recorder.flush()
+        recorder.step()
+    layers = ["stem", *(f"layers.{i}" for i in range(5)), "head"]
+    stages = [1, 2, 2, 3, 3, 4, 5]
+    for modules in (recorder.table("modules"), Run(tmp_path / "run").table("modules").to_pandas()):
+        assert modules["layer"].tolist() == layers
+        assert modules["position"].tolist() == list(range(7))
+        assert modules["stage"].tolist() == stages
+    weights = recorder.table("weights").drop_duplicates("layer").set_index("layer")
+    assert weights["position"].to_dict() == {layer: i for i, layer in enumerate(layers)}
+
+
+def test_a_layer_that_is_executed_once_stands_where_the_model_declares_it() -> None:
+    network = Chosen((3, 3))
+    with Recorder(network) as recorder:
+        for chosen in ((0,), (1,), (0,)):
+            network(torch.randn(2, 4), chosen).sum().backward()
+            recorder.step()
+    assert recorder.table("modules")["layer"].tolist() == ["stem", "layers.0", "layers.1", "head"]
 
 
 def test_a_look_before_training_leaves_positions_alone() -> None:

@@ -32,7 +32,7 @@ class Layer:
 
 @dataclass
 class _Call:
-    """What was seen of a layer in the first step that executes it, while that is under way."""
+    """What was seen of a layer without a place, in the step under way."""
 
     row: Layer
     count: int = 0
@@ -46,6 +46,7 @@ class Layers:
         rows: a `Layer` of each.
         owners, blocks: the modules.
         own: of each owner the places of its parameters among `parameters()`.
+        version: grows with what is found out about them.
         sharded: whether this process has parts of parameters only.
         device, on_cpu: where the parameters lie.
     """
@@ -55,17 +56,18 @@ class Layers:
         self.owners: list[nn.Module] = []
         self.blocks: list[nn.Module] = []
         self.own: list[list[int]] = []
+        self.version = 0
         self._slots: list[_Slot] = []
         self._told: set[str] = set()  # layers whose parameters are known to be others now
         self._waits = True  # for parameters that may have no elements yet
-        self._entered: dict[str, None] = {}  # in the step under way, in order
+        self._passes: list[dict[str, None]] = [{}]  # of the step: what each has entered, in order
         self._calls: dict[str, _Call] = {}
         self._order: dict[str, tuple[int, int]] = {}  # layer -> its place, its stage
+        self._signatures: dict[str, tuple[Any, ...] | None] = {}  # of all that were executed
+        self._waiting: set[str] = set()  # for a step that follows all layers, to find their place
         self._model = model
         self._compiled = _compiled(model)
         self._tree: dict[str, int] = {}  # layer -> its place among all modules
-        self._stage = 1
-        self._stages: dict[tuple[Any, ...], int] = {}
         self._find(model)
         self.sharded = any(map(is_sharded, self.parameters()))
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -168,12 +170,29 @@ class Layers:
         """Whether its place is known: a step has executed it."""
         return row.layer in self._order
 
+    @property
+    def follows_all(self) -> bool:
+        """Whether the step under way is to see all layers in order, to find the places of some."""
+        return not self._order or bool(self._waiting)
+
+    def follows(self, row: Layer) -> bool:
+        """Whether the step under way is to see when this one is executed."""
+        return self.follows_all or not self.is_placed(row)
+
+    def was_executed(self, row: Layer) -> bool:
+        """Whether it, or one around it, has been seen."""
+        return self.nearest(row.layer) is not None or row.layer in self._waiting
+
+    def begin(self) -> None:
+        """A forward pass of the model begins."""
+        if self._passes[-1]:
+            self._passes.append({})
+
     def enter(self, row: Layer, *, again: bool = False) -> None:
         """Note that a layer is being executed; `again`: its call that counts comes later."""
-        if row.layer not in self._order:
-            self._entered.setdefault(row.layer)
-            if not again:
-                self._calls.setdefault(row.layer, _Call(row))
+        self._passes[-1].setdefault(row.layer)
+        if not (again or self.is_placed(row)):
+            self._calls.setdefault(row.layer, _Call(row))
 
     def called(self, row: Layer, outputs: Sequence[Tensor] | None, *, joining: bool) -> None:
         """Note a call that is over, of a block without outputs; `joining`: in a block's terms."""
@@ -190,28 +209,54 @@ class Layers:
 
     def forget(self) -> None:
         """Drop what was noted in the step under way."""
-        self._entered.clear()
+        self._passes = [{}]
         self._calls.clear()
 
     def close(self) -> None:
-        """Give a place to what this step was the first to execute."""
-        if not self._entered:
-            return
-        new = [self._calls[layer] for layer in self._entered if layer in self._calls]
-        for call in new:
-            if call.signature is not None:
-                self._stage = self._stages.setdefault(call.signature, len(self._stages) + 1)
-            self._order[call.row.layer] = (len(self._order), self._stage)
-            call.row.calls = call.count
-        for index in range(len(self.owners)):
-            self._describe(index)
-        self._compiled = _compiled(self._model)
+        """Note what was executed for the first time; give it a place, if this step followed all."""
+        if self._calls:
+            for layer, call in self._calls.items():
+                if layer not in self._signatures:
+                    self._signatures[layer] = call.signature
+                    call.row.calls = call.count
+            if self.follows_all:
+                self._arrange()
+            self._waiting = self._signatures.keys() - self._order.keys()
+            for index in range(len(self.owners)):
+                self._describe(index)
+            self._compiled = _compiled(self._model)
+            self.version += 1
         self.forget()
 
-    @property
-    def executed(self) -> int:
-        """How many have a place."""
-        return len(self._order)
+    def _arrange(self) -> None:
+        """Merge the order of each of the step's passes into the known one."""
+        names = list(self._order)
+        for entered in self._passes:
+            self._merge(names, [layer for layer in entered if layer in self._signatures])
+        stages: dict[tuple[Any, ...], int] = {}
+        stage = 1
+        for place, layer in enumerate(names):
+            signature = self._signatures[layer]
+            if signature is not None:
+                stage = stages.setdefault(signature, len(stages) + 1)
+            self._order[layer] = (place, stage)
+        self._order = {layer: self._order[layer] for layer in names}
+
+    def _merge(self, names: list[str], entered: Sequence[str]) -> None:
+        """Put what is new between the layers that the pass has executed before it and after it.
+
+        Of others that stand there, and which the pass has left out, behind those that come before
+        it in the model.
+        """
+        place = 0
+        for index, layer in enumerate(entered):
+            if layer not in names:
+                known = [names.index(later) for later in entered[index:] if later in names]
+                end = min((other for other in known if other >= place), default=len(names))
+                while place < end and self._tree[names[place]] < self._tree[layer]:
+                    place += 1
+                names.insert(place, layer)
+            place = names.index(layer) + 1
 
     def nearest(self, layer: str) -> str | None:
         """The layer itself, if it was executed, else the nearest executed one around it.
@@ -225,13 +270,15 @@ class Layers:
     def place(self, row: Layer, index: int = 0) -> tuple[int, bool, int]:
         """Sorts by position: what was not executed right behind its nearest, or else last.
 
-        What is compiled is not seen: it stands behind what comes before it in the model.
+        Behind what comes before it in the model stands what is compiled, as it is not seen, and,
+        until a step shows its place, what was executed later than others.
         """
-        nearest = self.nearest(row.layer)
-        if nearest is not None:
-            return (self._order[nearest][0], nearest != row.layer, index)
-        if not any(f"{row.layer}.".startswith(path) for path in self._compiled):
-            return (_LAST, True, index)
+        if row.layer not in self._waiting:
+            nearest = self.nearest(row.layer)
+            if nearest is not None:
+                return (self._order[nearest][0], nearest != row.layer, index)
+            if not any(f"{row.layer}.".startswith(path) for path in self._compiled):
+                return (_LAST, True, index)
         before = [layer for layer in self._order if self._tree[layer] < self._tree[row.layer]]
         behind = max(before, key=self._tree.__getitem__, default=None)
         return (-1 if behind is None else self._order[behind][0], True, index)

@@ -90,6 +90,7 @@ class Passes:
         self._through: dict[tuple[int, int], list[Tensor]] = {}  # what came to one through a skip
         self._handled: list[BaseException | None] = []  # what was handled as a pass began
         self._joining = self._paused = False
+        self._evaluates = False  # whether a forward pass of the model began without gradients
         self._was_paused = False  # in the step under way
         self._under_way = 0  # counts what is collected for a step, and what was dropped
 
@@ -118,31 +119,31 @@ class Passes:
         self.forget()
 
     def expect(self, wanted: Wanted) -> None:
-        """Put hooks on what the step to come measures, and on layers whose place is unknown."""
+        """Put hooks on what the step to come measures, and on what it has to follow."""
         self.wanted = wanted
         if "noise_scale" in wanted.of("weights"):
             self._watch_passes()
         measures_outputs, measures_blocks = map(bool, map(wanted.of, ("outputs", "blocks")))
-        attached = measures_outputs, measures_blocks, self._layers.executed
+        layers = self._layers
+        attached = measures_outputs, measures_blocks, layers.follows_all, layers.version
         if self._attached == attached:
             return
         self._attached = attached
         self.say_what_has_changed()
-        for (terms, around), row in zip(self._terms, self._layers.select("blocks"), strict=True):
-            terms.switch(around, on=measures_blocks or not self._layers.is_placed(row))
-        rows = self._layers.select("outputs")
-        for index, module in enumerate(self._layers.owners):
+        for (terms, around), row in zip(self._terms, layers.select("blocks"), strict=True):
+            terms.switch(around, on=measures_blocks or layers.follows(row))
+        rows = layers.select("outputs")
+        for index, module in enumerate(layers.owners):
             if not takes_hooks(module):
                 continue
-            unknown = not self._layers.is_placed(rows[index])
-            if not (unknown or measures_outputs):
+            if layers.is_placed(rows[index]) and not measures_outputs:
                 self._hooks.pop(index, ignore)()
             elif index not in self._hooks:
                 watch = Watch(partial(self._on_output, index), ignore)
                 # In front of the user's, as these may change the output: put behind them, it would
                 # be another one that is measured after each time that hooks are put on again.
                 self._hooks[index] = module.register_forward_hook(watch, prepend=True).remove
-            if not unknown:
+            if not layers.follows(rows[index]):
                 self._entering.pop(index, ignore)()
             elif index not in self._entering and rows[index].kind != "block":
                 watch = Watch(partial(self._on_enter, rows[index]), ignore)
@@ -175,13 +176,16 @@ class Passes:
         self._handled.append(sys.exception())
         if not self.count and self._weights.are_others_watched():
             self._watch_passes()
+        self._evaluates = not torch.is_grad_enabled()
         if self._watching():
+            self._layers.begin()
             inputs = next(all_tensors((args, kwargs)), None)
             self._samples = 0 if inputs is None or not inputs.dim() else len(inputs)
 
     def _on_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         """After each forward pass of the model; after one that raised, without an output."""
         handled = self._handled.pop() if self._handled else None
+        self._evaluates = False
         if not self._watching():
             return
         if output is None and sys.exception() is not handled:
@@ -222,11 +226,11 @@ class Passes:
         self._was_paused = self._paused
 
     def _on_enter(self, row: Layer, *_: Any) -> None:
-        if self._layers.is_placed(row) or self._paused:
+        if self._paused or not self._layers.follows(row):
             return
         if self._watching():
             self._layers.enter(row)
-        elif will_be_repeated():
+        elif not self._evaluates and will_be_repeated():
             self._layers.enter(row, again=True)
 
     def _on_output(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
@@ -371,7 +375,7 @@ class Passes:
         unread = [
             row.layer
             for row, has_one in zip(self._layers.select("outputs"), has_gradient, strict=True)
-            if has_one and self._layers.nearest(row.layer) is None
+            if has_one and not self._layers.was_executed(row)
         ]
         if unread:
             warnings.warn(

@@ -468,11 +468,11 @@ class Recorder:
                 scaled=self._updates.scaler is not None,
             )
             events += [] if self.divergence is None else [self.divergence.step]
-        if self._writer is not None and steps and self._layers.executed > self._modules_written:
+        if self._writer is not None and steps and self._layers.version > self._modules_written:
             from gradflow import schema
 
             self._writer.write("modules", schema.table("modules", self._layers.columns()))
-            self._modules_written = self._layers.executed
+            self._modules_written = self._layers.version
         if self._flight is not None:
             self._write_flight(self._flight, drained, steps, events)
         for name, found in drained.items():
