@@ -22,8 +22,8 @@ from test_any_model import (
     built,
     cloned,
     floats,
-    functional,
     owned,
+    quiet,
     seeded,
 )
 from torch import Tensor, nn
@@ -332,12 +332,6 @@ HERE: dict[str, Callable[[], Built]] = {
     "convolutional": convolutional, "dead units": with_dead_units, "transformer": transformer,
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {"quantities": ("all", "details"), "schedule": ALWAYS}
-
-
-def quiet(name: str) -> Any:
-    """One model of the list has layers that are used without being called, and it is said."""
-    is_named = MODELS.get(name) is functional
-    return pytest.warns(UserWarning, match="used") if is_named else contextlib.nullcontext()
 
 
 def watched(model: nn.Module, run: Callable[[Any], Tensor], **options: Any) -> Recorder:

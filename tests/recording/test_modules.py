@@ -343,6 +343,32 @@ class Odd(nn.Module):
         return self.make(x * self.weight)
 
 
+class Wrapped:
+    """Of no kind that is looked into."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+@pytest.mark.parametrize("make", [Wrapped, lambda y: (y for _ in range(1))])
+def test_outputs_in_which_no_tensor_is_found_are_named(make: Callable[[Tensor], Any]) -> None:
+    network = nn.ModuleDict({"odd": Odd(make), "frozen": Odd(make), "last": nn.Linear(3, 1)})
+    network["frozen"].requires_grad_(False)
+
+    def run() -> None:
+        network["frozen"](torch.ones(2, 3))
+        output = network["odd"](torch.ones(2, 3))
+        y = output.y if isinstance(output, Wrapped) else next(output)
+        network["last"](y).sum().backward()
+        recorder.step()
+
+    with Recorder(network, schedule=ALWAYS) as recorder:
+        with pytest.warns(UserWarning, match="return no tensor, nor .*: odd$"):
+            run()
+        run()  # and not again
+    assert set(column(recorder, "outputs", "output_rms", 1)) == {"last"}
+
+
 @pytest.mark.parametrize("make", [Half, around_itself])
 def test_outputs_that_are_unfinished_or_contain_themselves(make: Callable[[Tensor], Any]) -> None:
     network = Odd(make)

@@ -77,6 +77,8 @@ class Passes:
         self.seconds = 0.0
         self._layers, self._buffers, self._weights = layers, buffers, weights
         self._told = False  # whether it was looked for layers whose outputs cannot be read
+        self._closed: set[int] = set()  # owners in whose outputs no tensor was found, before that
+        self._missed = False  # whether it was said that gradients are missing
         self._undo: list[Callable[[], None]] = []
         self._hooks: dict[int, Callable[[], None]] = {}  # owner -> undo of those on its output
         self._entering: dict[int, Callable[[], None]] = {}  # the same, of those before it
@@ -240,6 +242,8 @@ class Passes:
         row = self._layers.rows[index]
         if not self._layers.is_placed(row):
             self._layers.called(row, tensors, joining=self._joining)
+        if not (tensors or self._told or output is None or any(True for _ in all_tensors(output))):
+            self._closed.add(index)
         began = time.perf_counter()
         wanted = self.wanted
         for tensor in tensors:
@@ -371,16 +375,32 @@ class Passes:
         """Name, once, the layers with a gradient whose outputs should be measured and are not."""
         if self._told or self._was_paused or not self.wanted.of("outputs"):
             return
-        self._told = True
-        unread = [
-            row.layer
-            for row, has_one in zip(self._layers.select("outputs"), has_gradient, strict=True)
-            if has_one and not self._layers.was_executed(row)
-        ]
-        if unread:
+        self._told = bool(has_gradient.any())
+        rows = self._layers.select("outputs")
+        learning = np.flatnonzero(has_gradient).tolist()
+        unread = [rows[i].layer for i in learning if not self._layers.was_executed(rows[i])]
+        closed = [rows[i].layer for i in learning if i in self._closed]
+        for layers, why in (
+            (unread, "torch.compile runs, or TorchScript, or that are used without being called"),
+            (closed, "return no tensor, nor a tuple, list, dict or dataclass with one"),
+        ):
+            if layers:
+                warnings.warn(
+                    f"gradflow: outputs are not recorded of layers that {why}: {_shown(layers)}",
+                    stacklevel=5,
+                )
+
+    def say_what_is_missing(self) -> None:
+        """Say, once, that no parameter has a gradient in a step that has called the model."""
+        if self._missed or not self.count:
+            return
+        learning = [p for p in self._layers.parameters() if p is not None and p.requires_grad]
+        if learning and all(parameter.grad is None for parameter in learning):
+            self._missed = True
             warnings.warn(
-                "gradflow: outputs are not recorded of layers that torch.compile runs, or "
-                f"TorchScript, or that are used without being called: {_shown(unread)}",
+                "gradflow: no parameter has a gradient at Recorder.step, and none is recorded: "
+                "call it after backward and before zero_grad; an optimizer that steps within "
+                "backward must leave `.grad` there until then",
                 stacklevel=5,
             )
 

@@ -371,6 +371,8 @@ class Recorder:
         left = scale if self._updates.are_scaled(optimizer) else None
         found = self._weights.measure(gradients, left)
         self._passes.say_what_is_unread(found.measured)
+        if not found.measured.any():
+            self._passes.say_what_is_missing()
         follows = self._schedules.get("grad_cosine")
         keep = follows is not None and follows(self.next_step + 1)
         wanted, count = self._passes.wanted.of("weights"), self._passes.count
