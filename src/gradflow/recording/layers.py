@@ -69,6 +69,7 @@ class Layers:
         self._compiled = _compiled(model)
         self._tree: dict[str, int] = {}  # layer -> its place among all modules
         self._find(model)
+        self._contents = _contents(model)
         self.sharded = any(map(is_sharded, self.parameters()))
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.on_cpu = self.device.type == "cpu"
@@ -143,6 +144,10 @@ class Layers:
         Returns:
             their layers, and those that are new in the model, each the first time only.
         """
+        contents = _contents(self._model)
+        if contents == self._contents:  # almost always
+            return []
+        self._contents = contents
         present = {id(m): (layer, own) for layer, (m, own) in _modules(self._model).items()}
         changed = []
         for index, owner in enumerate(self.owners):
@@ -313,6 +318,14 @@ def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
                 seen.add(id(parameter))
                 own.append(label)
     return found
+
+
+def _contents(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Modules and the labels of their parameters: what is quickly compared."""
+    return [
+        (id(module), *(label for label, p in module._parameters.items() if p is not None))
+        for module in model.modules()
+    ]
 
 
 def _is_recorded(parameter: nn.Parameter) -> bool:
