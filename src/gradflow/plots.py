@@ -268,7 +268,7 @@ def profile(
     Raises:
         GradflowError: the quantity was not recorded.
     """
-    if quantity not in frame or not len(frame):
+    if quantity not in frame or not len(tables.measured(frame, quantity)):
         raise GradflowError(f"{quantity}: nothing recorded to draw")
     data = _completed(frame if "ordinal" in frame else tables.profile(frame, quantity))
     data = data[data["family"] == family]

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pytest
@@ -539,7 +539,7 @@ def nothing_to_learn() -> Built:
 
 
 class Unused(nn.Module):
-    """A head is not called, another's output is not used."""
+    """A head is not called, other output is not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -909,16 +909,23 @@ MODELS: dict[str, Callable[[], Built]] = {
 }
 
 
+UNREAD = {
+    "used without being called": "used without being called: layer, table, scales, more$",
+    "returns no tensor": "return no tensor, .*: Silent$",
+}
+
+
+def quiet(name: str) -> Any:
+    """Two models of the list have layers whose outputs cannot be read, and it is said."""
+    warns = name in UNREAD
+    return pytest.warns(UserWarning, match=UNREAD[name]) if warns else contextlib.nullcontext()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_is_recorded_as_by_hand(name: str, dtype: torch.dtype) -> None:
     model, run = built(MODELS[name])
     expected, order = by_hand(model, seeded(run))
-    unread = "used without being called: layer, table, scales, more$"
-    with (
-        pytest.warns(UserWarning, match=unread)
-        if MODELS[name] is functional
-        else contextlib.nullcontext()
-    ):
+    with quiet(name):
         recorder = watched(*built(MODELS[name]))
     check(recorder, expected, dtype)
     assert executed(recorder, order) == order
@@ -1010,6 +1017,21 @@ def test_nothing_stays_on_a_parameter_that_is_returned(dtype: torch.dtype) -> No
         check(recorder, expected, dtype, step)
 
 
+def test_a_parameter_that_several_passes_return(dtype: torch.dtype) -> None:
+    """Each pass back counts once, those of one `backward` together."""
+    model, _ = built(its_parameter)
+    batches = torch.randn(3, 5, 4)
+    losses = [lambda i=i: model(batches[i]).square().mean() for i in range(3)]
+    first, *both = (torch.autograd.grad(loss(), model.token.weight)[0] for loss in losses)
+    with Recorder(model, schedule=ALWAYS) as recorder:
+        losses[0]().backward()
+        (losses[1]() + losses[2]()).backward()
+        recorder.step()
+    found = column(recorder, "outputs", "output_grad_norm")["token"]
+    expected = math.hypot(norm(first), norm(sum(both)))
+    assert same(found, expected, TOLERANCE[dtype])
+
+
 # --- small and large ------------------------------------------------------------------------------
 
 
@@ -1066,15 +1088,42 @@ class Block(nn.Module):
         return self.skip(x, self.last(F.dropout(y, 0.3)))
 
 
-def again(module: Loss, x: Tensor, reentrant: bool | None) -> Tensor:
+class Repeated(torch.autograd.Function):
+    """Checkpointing as libraries other than PyTorch have it."""
+
+    @staticmethod
+    def forward(ctx: Any, module: Loss, x: Tensor) -> Tensor:
+        ctx.module, ctx.state = module, torch.get_rng_state()
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.set_rng_state(ctx.state)
+            y = ctx.module(x)
+        torch.autograd.backward(y, gradient)
+        return None, x.grad
+
+
+Kind = bool | Literal["other"] | None
+"""Of checkpointing: whether it is reentrant, or a library's own; None where there is none."""
+
+
+def again(module: Loss, x: Tensor, kind: Kind) -> Tensor:
     """Computed a second time in the backward pass, or not."""
-    return module(x) if reentrant is None else checkpoint(module, x, use_reentrant=reentrant)
+    if kind is None:
+        return module(x)
+    if kind == "other":
+        return Repeated.apply(module, x)
+    return checkpoint(module, x, use_reentrant=kind)
 
 
 class Chain(nn.Module):
     """Its second block is called plainly, the third is frozen."""
 
-    def __init__(self, reentrant: bool | None) -> None:
+    def __init__(self, reentrant: Kind) -> None:
         super().__init__()
         self.reentrant = reentrant
         self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
@@ -1088,7 +1137,7 @@ class Chain(nn.Module):
         return self.head(x)
 
 
-def chain(reentrant: bool | None) -> Built:
+def chain(reentrant: Kind) -> Built:
     x = torch.randn(5, 4)
     return Chain(reentrant), lambda model: model(x).square().mean()
 
@@ -1096,7 +1145,7 @@ def chain(reentrant: bool | None) -> Built:
 class Sharing(nn.Module):
     """A module that is called once in a checkpoint and once outside, on other values."""
 
-    def __init__(self, reentrant: bool | None) -> None:
+    def __init__(self, reentrant: Kind) -> None:
         super().__init__()
         self.reentrant = reentrant
         self.last, self.shared, self.stem = nn.Linear(4, 2), Block(), nn.Linear(4, 4)
@@ -1106,7 +1155,7 @@ class Sharing(nn.Module):
         return self.last(self.shared(3 * y[:2]))
 
 
-def sharing(reentrant: bool | None) -> Built:
+def sharing(reentrant: Kind) -> Built:
     x = torch.randn(5, 4)
     return Sharing(reentrant), lambda model: model(x).square().mean()
 
@@ -1114,7 +1163,7 @@ def sharing(reentrant: bool | None) -> Built:
 class Nested(nn.Module):
     """A checkpoint in a checkpoint."""
 
-    def __init__(self, reentrant: bool | None) -> None:
+    def __init__(self, reentrant: Kind) -> None:
         super().__init__()
         self.reentrant = reentrant
         self.stem, self.inner, self.outer = nn.Linear(4, 4), Block(), Block()
@@ -1126,19 +1175,19 @@ class Nested(nn.Module):
         return again(self.both, self.stem(x), self.reentrant)
 
 
-def nested(reentrant: bool | None) -> Built:
+def nested(reentrant: Kind) -> Built:
     x = torch.randn(5, 4)
     return Nested(reentrant), lambda model: model(x).square().mean()
 
 
-def all_of_it(reentrant: bool | None) -> Built:
+def all_of_it(reentrant: Kind) -> Built:
     """The model itself; the second pass stops early, by raising, where it is not reentrant."""
     x = torch.randn(5, 4, requires_grad=True)
     model = nn.Sequential(nn.Linear(4, 4), Block(), nn.Tanh(), nn.Linear(4, 2))
     return model, lambda model: again(model, x, reentrant).square().mean()
 
 
-def accumulated(reentrant: bool | None) -> Built:
+def accumulated(reentrant: Kind) -> Built:
     """Two passes before one backward; only the checkpointed model is evaluated before them."""
     x = torch.randn(6, 4)
 
@@ -1153,7 +1202,7 @@ def accumulated(reentrant: bool | None) -> Built:
     return Chain(reentrant), run
 
 
-CHECKPOINTED: dict[str, Callable[[bool | None], Built]] = {
+CHECKPOINTED: dict[str, Callable[[Kind], Built]] = {
     "chain": chain,
     "shared": sharing,
     "nested": nested,
@@ -1162,13 +1211,13 @@ CHECKPOINTED: dict[str, Callable[[bool | None], Built]] = {
 }
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("kind", [False, True, "other"], ids=str)
 @pytest.mark.parametrize("name", CHECKPOINTED)
-def test_checkpointing_leaves_no_trace(name: str, reentrant: bool, dtype: torch.dtype) -> None:
+def test_checkpointing_leaves_no_trace(name: str, kind: Kind, dtype: torch.dtype) -> None:
     """Each value once, calls, places and blocks as without it."""
     build = CHECKPOINTED[name]
     plain = watched(*built(build, None))
-    recorder = watched(*built(build, reentrant))
+    recorder = watched(*built(build, kind))
     expected, order = by_hand(*hand(build))
     check(recorder, expected, dtype)
     check_blocks(recorder, plain, dtype)
@@ -1176,7 +1225,19 @@ def test_checkpointing_leaves_no_trace(name: str, reentrant: bool, dtype: torch.
     pd.testing.assert_frame_equal(recorder.table("modules"), plain.table("modules"))
 
 
-def hand(build: Callable[[bool | None], Built]) -> Built:
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("kind", [True, "other"])
+def test_an_evaluation_of_checkpoints_before_training_tells_no_order(kind: Kind) -> None:
+    model, run = built(chain, kind)
+    with Recorder(model) as recorder:
+        with torch.no_grad():
+            model(torch.randn(5, 4))
+        run(model).backward()
+        recorder.step()
+    assert recorder.table("modules")["layer"].tolist()[0] == "stem"
+
+
+def hand(build: Callable[[Kind], Built]) -> Built:
     model, run = built(build, None)
     return model, seeded(run)
 

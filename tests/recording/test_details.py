@@ -22,8 +22,8 @@ from test_any_model import (
     built,
     cloned,
     floats,
-    functional,
     owned,
+    quiet,
     seeded,
 )
 from torch import Tensor, nn
@@ -334,12 +334,6 @@ HERE: dict[str, Callable[[], Built]] = {
 OPTIONS: dict[str, Any] = {"quantities": ("all", "details"), "schedule": ALWAYS}
 
 
-def quiet(name: str) -> Any:
-    """One model of the list has layers that are used without being called, and it is said."""
-    is_named = MODELS.get(name) is functional
-    return pytest.warns(UserWarning, match="used") if is_named else contextlib.nullcontext()
-
-
 def watched(model: nn.Module, run: Callable[[Any], Tensor], **options: Any) -> Recorder:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     return record(model, lambda: run(model), **OPTIONS, optimizer=optimizer, **options)
@@ -396,6 +390,28 @@ def test_a_pass_that_is_repeated_has_its_own_samples_or_none() -> None:
         found = column(recorder, "outputs", "output_spread")
         assert found["head"] is not None
         assert (found.get("blocks.0.first") is None) == (sizes == (4, 2))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_an_evaluation_before_the_pass_back_leaves_no_trace(reentrant: bool) -> None:
+    """A repeated pass has as many samples as the first time, not as many as the evaluation."""
+
+    def spread(evaluated: bool) -> dict[str, Any]:
+        model, _ = built(CHECKPOINTED["chain"], reentrant)
+        with Recorder(model, "output_spread", ALWAYS) as recorder:
+            loss = model(torch.randn(6, 4)).square().mean()
+            if evaluated:
+                model.reentrant = None  # type: ignore[assignment]
+                with torch.no_grad():
+                    model(torch.randn(3, 4))
+            torch.manual_seed(1)
+            loss.backward()
+            recorder.step()
+        return column(recorder, "outputs", "output_spread")
+
+    expected = spread(False)
+    assert expected["blocks.0.first"] is not None
+    assert spread(True) == expected
 
 
 @pytest.mark.parametrize("name", [*HERE, *MODELS])
@@ -767,6 +783,20 @@ def test_parameters_may_change_their_shape_between_steps() -> None:
     assert found == {(step, "Linear"): expected for step in range(2)}
 
 
+def test_parameters_may_change_their_format_between_steps() -> None:
+    model, passes = nn.Linear(6, 1, bias=False), [part.float() for part in parts(2)]
+    with Recorder(model, "noise_scale", ALWAYS) as recorder:
+        for kind in (torch.float32, torch.float64):
+            model.zero_grad()
+            model.to(kind)
+            for part in passes:
+                model(part.to(kind)).sum().backward()
+            recorder.step()
+    expected = near(noise_of([array(part) for part in passes]), rel=1e-6)
+    found = cells(recorder.table("weights"), "noise_scale")
+    assert found == {(step, "Linear"): expected for step in range(2)}
+
+
 # --- ranks ----------------------------------------------------------------------------------------
 
 
@@ -910,6 +940,31 @@ def test_blocks_in_half_precision(kind: torch.dtype) -> None:
     (found,) = recorder.table("blocks").to_dict("records")
     assert found["branch_x_grad_norm"] == near(math.sqrt((rest**2).sum()), rel=1e-6)
     assert found["x_grad_cosine"] == near(cosine_of(array(upstream), rest), rel=1e-5)
+
+
+class Prompted(nn.Module):
+    """Its block's x is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt, self.block = nn.Parameter(torch.randn(1, 4)), Residual(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.prompt) * x
+
+
+def test_an_x_that_several_passes_share() -> None:
+    model = Prompted()
+    upstream = torch.randn(2, 1, 4)
+    recorder = watched(model, lambda model: sum(model(x).sum() for x in upstream))
+    assert model.prompt.grad is not None
+    rest = model.prompt.grad - upstream.sum(0)
+    found = {name: column(recorder, "blocks", name)["block.skip"] for name in (
+        "branch_x_grad_norm", "x_grad_cosine"
+    )}  # fmt: skip
+    assert found["branch_x_grad_norm"] == near(math.sqrt((array(rest) ** 2).sum()), rel=1e-6)
+    expected = cosine_of(array(upstream.sum(0)), array(rest))
+    assert found["x_grad_cosine"] == near(expected, rel=1e-5)
 
 
 def test_rounding_is_no_direction() -> None:

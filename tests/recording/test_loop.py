@@ -18,7 +18,7 @@ from recorded import ALWAYS, Block, cells, column, loop, near, norm, record, rms
 from torch import Tensor, nn
 
 from gradflow import Recorder, Skip, build_network, schema
-from gradflow.errors import SpecError
+from gradflow.errors import GradflowError, SpecError
 from gradflow.recording import Divergence, buffers
 from gradflow.recording.schedules import every
 
@@ -334,7 +334,8 @@ def test_a_gradient_that_comes_too_late_is_no_later_step_s() -> None:
     network = nn.Linear(4, 4)
     with Recorder(network, schedule=ALWAYS) as recorder:
         late = network(torch.randn(3, 4))
-        recorder.step()
+        with pytest.warns(UserWarning, match="call it after backward"):
+            recorder.step()
         output = network(torch.randn(3, 4))
         output.retain_grad()
         late.sum().backward()
@@ -345,6 +346,51 @@ def test_a_gradient_that_comes_too_late_is_no_later_step_s() -> None:
         (0, "Linear"): None,
         (1, "Linear"): near(norm(output.grad), rel=1e-6),
     }
+
+
+def zeroed_early(network: nn.Module) -> Callable[[], None]:
+    return network.zero_grad
+
+
+def updated_in_backward(network: nn.Module) -> Callable[[], None]:
+    for parameter in network.parameters():
+        optimizer = torch.optim.SGD([parameter], 0.1)
+        for then in (optimizer.step, optimizer.zero_grad):
+            parameter.register_post_accumulate_grad_hook(lambda _, then=then: then())
+    return lambda: None
+
+
+@pytest.mark.parametrize("prepare", [zeroed_early, updated_in_backward])
+def test_gradients_that_have_gone_are_missed_once(
+    prepare: Callable[[nn.Module], Callable[[], None]],
+) -> None:
+    network = nn.Linear(4, 4)
+    before_step = prepare(network)
+    with Recorder(network, schedule=ALWAYS) as recorder:
+        for step in range(2):
+            network(torch.randn(3, 4)).sum().backward()
+            before_step()
+            with (
+                contextlib.nullcontext()
+                if step
+                else pytest.warns(UserWarning, match="no parameter has a gradient at Recorder.step")
+            ):
+                recorder.step()
+    assert list(cells(recorder.table("weights"), "weight_grad_norm").values()) == [None, None]
+    assert recorder.table("outputs")["output_grad_norm"].notna().all()
+    with pytest.raises(GradflowError, match=r"^weight_grad_norm: nothing recorded to draw$"):
+        recorder.plot()
+
+
+def test_a_step_without_a_pass_misses_no_gradient() -> None:
+    """Nor one of a network of which nothing is learnt."""
+    network = nn.Linear(4, 4)
+    with Recorder(network) as recorder:
+        recorder.step()
+        network.requires_grad_(False)
+        network(torch.randn(3, 4))
+        recorder.step()
+    assert recorder.next_step == 2
 
 
 def attached(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -497,6 +543,20 @@ def test_copies_of_a_watched_model_are_not_recorded() -> None:
     assert len(recorder.table("outputs")) == 2 * 3  # the block's factor is a parameter too
     assert len(recorder.table("blocks")) == 2
     assert network[1].skip.beta.item() == 0
+
+
+def test_a_stored_model_loads_without_gradflow() -> None:
+    network, stored = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), io.BytesIO()
+    with Recorder(network):
+        torch.save(network, stored)
+    assert b"gradflow" not in stored.getvalue()
+    stored.seek(0)
+    x = torch.randn(3, 4)
+    loaded = torch.load(stored, weights_only=False)
+    assert torch.equal(loaded(x), network(x))
+    torch._dynamo.reset()
+    compiled = torch.compile(loaded, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), network(x))
 
 
 def test_values_of_a_step() -> None:

@@ -1,6 +1,9 @@
 """Modules of all kinds, against autograd by hand."""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -8,8 +11,11 @@ import pytest
 import torch
 from recorded import ALWAYS, cells, column, loop, near, norm, record, rms
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from gradflow import Recorder, build_network
+from gradflow.recording.modules import all_tensors
+from gradflow.store import Run
 
 
 def test_a_module_used_twice_has_one_row() -> None:
@@ -187,7 +193,7 @@ def test_positions_in_a_transformer() -> None:
     assert named["stage"].isna().tolist() == [name == "spare" for name in layers]
 
 
-def test_what_is_executed_later_comes_behind() -> None:
+def test_what_is_executed_later_is_merged_into_the_order() -> None:
     network = nn.ModuleDict({name: nn.Linear(2, 2) for name in "abc"})
     with Recorder(network) as recorder:
         for order in ("c", "ac", "ba"):
@@ -195,8 +201,58 @@ def test_what_is_executed_later_comes_behind() -> None:
                 network[name](torch.randn(3, 2)).sum().backward()
             recorder.step()
     modules = recorder.table("modules")
-    assert modules["layer"].tolist() == ["c", "a", "b"]
+    assert modules["layer"].tolist() == ["b", "a", "c"]
     assert modules["calls"].tolist() == [1, 1, 1]
+
+
+class Chosen(nn.Module):
+    """Executes some of its layers, and their widths tell stages apart."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 1)
+        self.layers = nn.ModuleList([nn.Linear(4, width) for width in widths])
+        self.stem = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, chosen: Sequence[int]) -> Tensor:
+        x = self.stem(x)
+        for index in chosen:
+            x = x + self.layers[index](x).mean()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("schedule", [None, {"outputs": lambda step: False}])
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_layers_that_some_steps_leave_out_have_their_place(
+    accumulated: bool, schedule: Any, tmp_path: Path
+) -> None:
+    """Behind the layer executed before it, and not behind the head: in what is saved too."""
+    passes = [(1, 3), (0, 3), (2, 3), (0, 1, 4), (1, 2, 4), (1, 2, 3)]
+    network = Chosen((3, 3, 5, 5, 7))
+    with Recorder(network, schedule=schedule, save=tmp_path / "run") as recorder:
+        for chosen in passes:
+            network(torch.randn(2, 4), chosen).sum().backward()
+            if not accumulated:
+                recorder.step()
+                recorder.flush()
+        recorder.step()
+    layers = ["stem", *(f"layers.{i}" for i in range(5)), "head"]
+    stages = [1, 2, 2, 3, 3, 4, 5]
+    for modules in (recorder.table("modules"), Run(tmp_path / "run").table("modules").to_pandas()):
+        assert modules["layer"].tolist() == layers
+        assert modules["position"].tolist() == list(range(7))
+        assert modules["stage"].tolist() == stages
+    weights = recorder.table("weights").drop_duplicates("layer").set_index("layer")
+    assert weights["position"].to_dict() == {layer: i for i, layer in enumerate(layers)}
+
+
+def test_a_layer_that_is_executed_once_stands_where_the_model_declares_it() -> None:
+    network = Chosen((3, 3))
+    with Recorder(network) as recorder:
+        for chosen in ((0,), (1,), (0,)):
+            network(torch.randn(2, 4), chosen).sum().backward()
+            recorder.step()
+    assert recorder.table("modules")["layer"].tolist() == ["stem", "layers.0", "layers.1", "head"]
 
 
 def test_a_look_before_training_leaves_positions_alone() -> None:
@@ -262,6 +318,63 @@ def test_all_tensors_of_an_output_count() -> None:
     inner = kept[1].grad + 2 * kept[2].grad  # type: ignore[operator]  # `a` feeds both others
     gradients = [norm(inner), norm(kept[1].grad), norm(kept[2].grad)]  # type: ignore[arg-type]
     assert row["output_grad_norm"] == near(math.hypot(*gradients), rel=1e-6)
+
+
+@dataclass
+class Half:
+    """Whose second field has no value yet."""
+
+    first: Tensor
+    second: Tensor = field(init=False)
+
+
+def around_itself(y: Tensor) -> dict[str, Any]:
+    output: dict[str, Any] = {"y": y}
+    output["all"] = [output]
+    return output
+
+
+class Odd(nn.Module):
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.weight, self.make = nn.Parameter(torch.ones(3)), make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(x * self.weight)
+
+
+class Wrapped:
+    """Of no kind that is looked into."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+@pytest.mark.parametrize("make", [Wrapped, lambda y: (y for _ in range(1))])
+def test_outputs_in_which_no_tensor_is_found_are_named(make: Callable[[Tensor], Any]) -> None:
+    network = nn.ModuleDict({"odd": Odd(make), "frozen": Odd(make), "last": nn.Linear(3, 1)})
+    network["frozen"].requires_grad_(False)
+
+    def run() -> None:
+        network["frozen"](torch.ones(2, 3))
+        output = network["odd"](torch.ones(2, 3))
+        y = output.y if isinstance(output, Wrapped) else next(output)
+        network["last"](y).sum().backward()
+        recorder.step()
+
+    with Recorder(network, schedule=ALWAYS) as recorder:
+        with pytest.warns(UserWarning, match="return no tensor, nor .*: odd$"):
+            run()
+        run()  # and not again
+    assert set(column(recorder, "outputs", "output_rms", 1)) == {"last"}
+
+
+@pytest.mark.parametrize("make", [Half, around_itself])
+def test_outputs_that_are_unfinished_or_contain_themselves(make: Callable[[Tensor], Any]) -> None:
+    network = Odd(make)
+    recorder = record(network, lambda: next(all_tensors(network(torch.full((2, 3), 2.0)))).sum())
+    assert column(recorder, "outputs", "output_rms") == {"Odd": 2}
+    assert column(recorder, "outputs", "output_grad_norm")["Odd"] == near(6**0.5, rel=1e-6)
 
 
 def test_recurrent_and_attention_layers_are_recorded() -> None:
@@ -333,6 +446,37 @@ def test_first_to_last() -> None:
     assert ratio == near(found["first"] / found["last"], rel=1e-6)
 
 
+def scripted(module: nn.Module) -> nn.Module:
+    return torch.jit.script(module)
+
+
+def traced(module: nn.Module) -> nn.Module:
+    return torch.jit.trace(module, torch.ones(1, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [scripted, traced])
+def test_what_torchscript_runs_has_weights_alone(
+    compiled: Callable[[nn.Module], nn.Module],
+) -> None:
+    inner = compiled(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    network = nn.Sequential(nn.Linear(4, 4), inner, nn.Linear(4, 1))
+    with (
+        Recorder(network, schedule=ALWAYS) as recorder,
+        pytest.warns(UserWarning, match=r"not recorded of .*, or TorchScript, .*: 1\.0$"),
+    ):
+        loop(recorder, 2)
+    gradients = {
+        name: math.hypot(*(norm(p.grad) for p in network.get_submodule(name).parameters()))
+        for name in ("0", "1.0", "2")
+    }
+    assert column(recorder, "weights", "weight_grad_norm", 1) == near(gradients, rel=1e-6)
+    assert set(column(recorder, "outputs", "output_rms", 1)) == {"0", "2"}
+    assert recorder.table("modules")["layer"].tolist() == ["0", "1.0", "2"]
+    assert recorder.locate_forward(lambda: network(torch.full((2, 4), torch.nan))) == "0"
+    assert record(inner, lambda: inner(torch.ones(2, 4)).sum(), quantities="weight_norm")
+
+
 def test_a_parameter_put_in_another_s_place_is_read() -> None:
     """By assignment, pruning, an adapter: the record follows the model, not what it once was."""
     network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 1))
@@ -365,6 +509,80 @@ def test_parameters_that_exchange_their_sizes_are_read(size: int) -> None:
         for layer in (0, 1):
             own = [getattr(p, of).flatten() for p in network[layer].parameters()]
             assert found[1, str(layer)] == near(norm(torch.cat(own)), rel=1e-6)
+
+
+def test_outputs_are_those_in_front_of_all_hooks() -> None:
+    """Whether a hook was there before the recorder, and whenever the recorder's is put on again."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    made: list[Tensor] = []
+
+    def enlarge(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output.retain_grad()
+        made.append(output)
+        return 10 * output
+
+    network[0].register_forward_hook(enlarge)
+    measured = (0, 2, 3)
+    with Recorder(network, schedule={"outputs": lambda step: step in measured}) as recorder:
+        network[1].register_forward_hook(enlarge)
+        loop(recorder, 4)
+    for name, index in (("0", 0), ("1", 1)):
+        outputs = [made[2 * step + index] for step in measured]
+        for quantity, expected in (
+            ("output_rms", [rms(output) for output in outputs]),
+            ("output_grad_norm", [norm(output.grad) for output in outputs]),
+        ):
+            found = [column(recorder, "outputs", quantity, step)[name] for step in measured]
+            assert found == near(expected, rel=1e-6)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
+    "pruned": (lambda m: prune.l1_unstructured(m[0], "weight", 0.5), "0"),
+    "parametrised": (
+        lambda m: parametrize.register_parametrization(m[0], "weight", Doubled()),
+        "0, 0.parametrizations.weight",
+    ),
+    "without bias": (lambda m: m[0].register_parameter("bias", None), "0"),
+    "with one more": (lambda m: m[0].register_parameter("scale", nn.Parameter(torch.ones(3))), "0"),
+    "with another layer": (lambda m: m.append(nn.Linear(1, 1)), "2"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_that_come_and_go_are_named_and_null(change: str) -> None:
+    """The value of what is left of a module's parameters would be nothing that anyone asked for."""
+    alter, named = CHANGES[change]
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    with Recorder(network, ("weight_grad_norm", "weight_norm"), ALWAYS) as recorder:
+        loop(recorder, 1)
+        alter(network)
+        with pytest.warns(UserWarning, match=f"other parameters than .*: {named}$"):
+            recorder.flush()
+        loop(recorder, 1)  # and not again
+        recorder.flush()
+    left = {"1": near(norm(torch.cat([p.flatten() for p in network[1].parameters()])), rel=1e-6)}
+    if named == "2":
+        left["0"] = near(norm(torch.cat([p.flatten() for p in network[0].parameters()])), rel=1e-6)
+    assert column(recorder, "weights", "weight_norm", 0).keys() == {"0", "1"}
+    assert column(recorder, "weights", "weight_norm", 1) == left
+    assert column(recorder, "weights", "weight_grad_norm", 1).keys() == left.keys()
+
+
+@pytest.mark.parametrize("change", ["pruned", "parametrised"])
+def test_a_parameter_that_has_gone_is_missed_at_once(change: str) -> None:
+    """And not when it is looked for the next time."""
+    alter, named = CHANGES[change]
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    with Recorder(network, "weight_grad_norm", ALWAYS) as recorder:
+        alter(network)
+        with pytest.warns(UserWarning, match=f": {named}$"):
+            loop(recorder, 1)
+    assert column(recorder, "weights", "weight_grad_norm").keys() == {"1"}
 
 
 def test_a_replaced_module_is_named_and_null() -> None:

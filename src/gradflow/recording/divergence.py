@@ -14,7 +14,7 @@ from torch import nn
 
 from gradflow.recording.buffers import Buffer, Drained
 from gradflow.recording.layers import Layers
-from gradflow.recording.modules import tensors_of
+from gradflow.recording.modules import takes_hooks, tensors_of
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,9 @@ def locate_forward(layers: Layers, forward: Callable[[], Any]) -> int | None:
             found.append(index)
 
     handles = [
-        module.register_forward_hook(partial(look, index))
+        module.register_forward_hook(partial(look, index), prepend=True)  # as it is recorded
         for index, module in enumerate(layers.owners)
+        if takes_hooks(module)
     ]
     try:
         with torch.no_grad():

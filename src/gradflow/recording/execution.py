@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch.autograd import function
 from torch.utils import checkpoint
 
 
@@ -19,8 +20,12 @@ def is_repeated() -> bool:
 
 
 def will_be_repeated() -> bool:
-    """Whether this is the first pass of activation checkpointing with `use_reentrant=True`."""
-    return not torch.is_grad_enabled() and is_inside("forward", checkpoint.__file__)
+    """Whether this is the first pass of activation checkpointing that its backward repeats.
+
+    PyTorch's with `use_reentrant=True`, or another's: an `autograd.Function` around layers, whose
+    forward runs without gradients.
+    """
+    return not torch.is_grad_enabled() and is_inside("apply", function.__file__)
 
 
 def is_transformed() -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from gradflow.recording.modules import class_name, is_block, is_compiled, kind_o
 from gradflow.recording.shards import is_sharded
 
 _LAST = 10**9
+_Slot = tuple[dict[str, nn.Parameter | None], str]
+_NOWHERE: _Slot = ({"": None}, "")
 
 
 @dataclass
@@ -30,7 +34,7 @@ class Layer:
 
 @dataclass
 class _Call:
-    """What was seen of a layer in the first step that executes it, while that is under way."""
+    """What was seen of a layer without a place, in the step under way."""
 
     row: Layer
     count: int = 0
@@ -44,6 +48,7 @@ class Layers:
         rows: a `Layer` of each.
         owners, blocks: the modules.
         own: of each owner the places of its parameters among `parameters()`.
+        version: grows with what is found out about them.
         sharded: whether this process has parts of parameters only.
         device, on_cpu: where the parameters lie.
     """
@@ -53,41 +58,32 @@ class Layers:
         self.owners: list[nn.Module] = []
         self.blocks: list[nn.Module] = []
         self.own: list[list[int]] = []
-        self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self.version = 0
+        self._slots: list[_Slot] = []
+        self._told: set[str] = set()  # layers whose parameters are known to be others now
         self._waits = True  # for parameters that may have no elements yet
-        self._entered: dict[str, None] = {}  # in the step under way, in order
+        self._passes: list[dict[str, None]] = [{}]  # of the step: what each has entered, in order
         self._calls: dict[str, _Call] = {}
         self._order: dict[str, tuple[int, int]] = {}  # layer -> its place, its stage
+        self._signatures: dict[str, tuple[Any, ...] | None] = {}  # of all that were executed
+        self._waiting: set[str] = set()  # for a step that follows all layers, to find their place
         self._model = model
         self._compiled = _compiled(model)
         self._tree: dict[str, int] = {}  # layer -> its place among all modules
-        self._stage = 1
-        self._stages: dict[tuple[Any, ...], int] = {}
         self._find(model)
+        self._contents = _contents(model)
         self.sharded = any(map(is_sharded, self.parameters()))
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.on_cpu = self.device.type == "cpu"
 
     def _find(self, model: nn.Module) -> None:
-        seen: set[int] = set()
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        modules = {name_of(name): module for name, module in model.named_modules()}
-        root = class_name(modules[""])
         blocks: list[str] = []
-        for place, (name, module) in enumerate(modules.items()):
-            layer = name or (root if root not in modules else f"{root}()")
+        for place, (layer, (module, own)) in enumerate(_modules(model).items()):
             self._tree[layer] = place
             if is_block(module):
                 blocks.append(layer)
                 self.blocks.append(module)
-            own = [
-                label
-                for label, parameter in module.named_parameters(recurse=False)  # a tied one once
-                if _is_recorded(parameter) and id(parameter) not in seen
-            ]
             if own:
-                seen |= {id(module._parameters[label]) for label in own}
                 self.own.append([len(self._slots) + i for i in range(len(own))])
                 self._slots += [(module._parameters, label) for label in own]
                 self.owners.append(module)
@@ -111,27 +107,60 @@ class Layers:
 
     def _parameter(self, place: int) -> nn.Parameter | None:
         parameters, label = self._slots[place]
-        return parameters.get(label)
+        try:
+            return parameters[label]
+        except KeyError:
+            return None
 
     def parameters(self) -> list[nn.Parameter | None]:
         """The owners' parameters as they are now: a model may put others in their place.
 
-        None for one that is not there any more, or has no elements yet.
+        None for one that has no elements yet, and for all of a module that has lost one.
         """
-        found = [parameters.get(label) for parameters, label in self._slots]
+        try:
+            found: list[Any] = list(starmap(operator.getitem, self._slots))
+        except KeyError:
+            self._drop_incomplete()
+            return self.parameters()
         if self._waits and any(p is not None and is_lazy(p) for p in found):
             return [None if p is None or is_lazy(p) else p for p in found]
         self._waits = False
         return found
 
-    def drop_replaced(self) -> list[str]:
-        """Let go of the parameters of modules that are in the model no more: the layers' names."""
-        present = {id(module) for module in self._model.modules()}
-        gone = [i for i, owner in enumerate(self.owners) if id(owner) not in present]
-        gone = [i for i in gone if any(self._slots[place][0] for place in self.own[i])]
-        for place in (place for i in gone for place in self.own[i]):
-            self._slots[place] = ({}, "")
-        return [self.rows[i].layer for i in gone]
+    def _drop_incomplete(self) -> None:
+        for index, own in enumerate(self.own):
+            if not all(label in parameters for parameters, label in self._of(own)):
+                self._drop(index)
+
+    def _of(self, own: Sequence[int]) -> list[_Slot]:
+        return [self._slots[place] for place in own]
+
+    def _drop(self, index: int) -> None:
+        """Let go of a module's own parameters: from now on they are null."""
+        for place in self.own[index]:
+            self._slots[place] = _NOWHERE
+
+    def drop_changed(self) -> list[str]:
+        """Let go of modules that are in the model no more, or whose own parameters are others.
+
+        Returns:
+            their layers, and those that are new in the model, each the first time only.
+        """
+        contents = _contents(self._model)
+        if contents == self._contents:  # almost always
+            return []
+        self._contents = contents
+        present = {id(m): (layer, own) for layer, (m, own) in _modules(self._model).items()}
+        changed = []
+        for index, owner in enumerate(self.owners):
+            _, own = present.pop(id(owner), ("", []))
+            if {label for _, label in self._of(self.own[index])} != set(own):
+                changed.append(self.rows[index].layer)
+                self._drop(index)
+        changed += [layer for layer, own in present.values() if own]
+        new = [layer for layer in dict.fromkeys(changed) if layer not in self._told]
+        self._told.update(new)
+        return new
 
     def is_inside(self, layer: str, other: str) -> bool:
         """Whether a layer is a part of the other."""
@@ -148,12 +177,29 @@ class Layers:
         """Whether its place is known: a step has executed it."""
         return row.layer in self._order
 
+    @property
+    def follows_all(self) -> bool:
+        """Whether the step under way is to see all layers in order, to find the places of some."""
+        return not self._order or bool(self._waiting)
+
+    def follows(self, row: Layer) -> bool:
+        """Whether the step under way is to see when this one is executed."""
+        return self.follows_all or not self.is_placed(row)
+
+    def was_executed(self, row: Layer) -> bool:
+        """Whether it, or one around it, has been seen."""
+        return self.nearest(row.layer) is not None or row.layer in self._waiting
+
+    def begin(self) -> None:
+        """A forward pass of the model begins."""
+        if self._passes[-1]:
+            self._passes.append({})
+
     def enter(self, row: Layer, *, again: bool = False) -> None:
         """Note that a layer is being executed; `again`: its call that counts comes later."""
-        if row.layer not in self._order:
-            self._entered.setdefault(row.layer)
-            if not again:
-                self._calls.setdefault(row.layer, _Call(row))
+        self._passes[-1].setdefault(row.layer)
+        if not (again or self.is_placed(row)):
+            self._calls.setdefault(row.layer, _Call(row))
 
     def called(self, row: Layer, outputs: Sequence[Tensor] | None, *, joining: bool) -> None:
         """Note a call that is over, of a block without outputs; `joining`: in a block's terms."""
@@ -170,28 +216,54 @@ class Layers:
 
     def forget(self) -> None:
         """Drop what was noted in the step under way."""
-        self._entered.clear()
+        self._passes = [{}]
         self._calls.clear()
 
     def close(self) -> None:
-        """Give a place to what this step was the first to execute."""
-        if not self._entered:
-            return
-        new = [self._calls[layer] for layer in self._entered if layer in self._calls]
-        for call in new:
-            if call.signature is not None:
-                self._stage = self._stages.setdefault(call.signature, len(self._stages) + 1)
-            self._order[call.row.layer] = (len(self._order), self._stage)
-            call.row.calls = call.count
-        for index in range(len(self.owners)):
-            self._describe(index)
-        self._compiled = _compiled(self._model)
+        """Note what was executed for the first time; give it a place, if this step followed all."""
+        if self._calls:
+            for layer, call in self._calls.items():
+                if layer not in self._signatures:
+                    self._signatures[layer] = call.signature
+                    call.row.calls = call.count
+            if self.follows_all:
+                self._arrange()
+            self._waiting = self._signatures.keys() - self._order.keys()
+            for index in range(len(self.owners)):
+                self._describe(index)
+            self._compiled = _compiled(self._model)
+            self.version += 1
         self.forget()
 
-    @property
-    def executed(self) -> int:
-        """How many have a place."""
-        return len(self._order)
+    def _arrange(self) -> None:
+        """Merge the order of each of the step's passes into the known one."""
+        names = list(self._order)
+        for entered in self._passes:
+            self._merge(names, [layer for layer in entered if layer in self._signatures])
+        stages: dict[tuple[Any, ...], int] = {}
+        stage = 1
+        for place, layer in enumerate(names):
+            signature = self._signatures[layer]
+            if signature is not None:
+                stage = stages.setdefault(signature, len(stages) + 1)
+            self._order[layer] = (place, stage)
+        self._order = {layer: self._order[layer] for layer in names}
+
+    def _merge(self, names: list[str], entered: Sequence[str]) -> None:
+        """Put what is new between the layers that the pass has executed before it and after it.
+
+        Of others that stand there, and which the pass has left out, behind those that come before
+        it in the model.
+        """
+        place = 0
+        for index, layer in enumerate(entered):
+            if layer not in names:
+                known = [names.index(later) for later in entered[index:] if later in names]
+                end = min((other for other in known if other >= place), default=len(names))
+                while place < end and self._tree[names[place]] < self._tree[layer]:
+                    place += 1
+                names.insert(place, layer)
+            place = names.index(layer) + 1
 
     def nearest(self, layer: str) -> str | None:
         """The layer itself, if it was executed, else the nearest executed one around it.
@@ -205,13 +277,15 @@ class Layers:
     def place(self, row: Layer, index: int = 0) -> tuple[int, bool, int]:
         """Sorts by position: what was not executed right behind its nearest, or else last.
 
-        What torch.compile runs is not seen: it stands behind what comes before it in the model.
+        Behind what comes before it in the model stands what is compiled, as it is not seen, and,
+        until a step shows its place, what was executed later than others.
         """
-        nearest = self.nearest(row.layer)
-        if nearest is not None:
-            return (self._order[nearest][0], nearest != row.layer, index)
-        if not any(f"{row.layer}.".startswith(path) for path in self._compiled):
-            return (_LAST, True, index)
+        if row.layer not in self._waiting:
+            nearest = self.nearest(row.layer)
+            if nearest is not None:
+                return (self._order[nearest][0], nearest != row.layer, index)
+            if not any(f"{row.layer}.".startswith(path) for path in self._compiled):
+                return (_LAST, True, index)
         before = [layer for layer in self._order if self._tree[layer] < self._tree[row.layer]]
         behind = max(before, key=self._tree.__getitem__, default=None)
         return (-1 if behind is None else self._order[behind][0], True, index)
@@ -229,11 +303,38 @@ class Layers:
         return {name: columns[name] for name in order}
 
 
+def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
+    """Layer -> module, and labels of its own parameters; one that is shared is the first's."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    modules = {name_of(name): module for name, module in model.named_modules()}
+    root = class_name(modules[""])
+    root = f"{root}()" if root in modules else root
+    seen: set[int] = set()
+    found: dict[str, tuple[nn.Module, list[str]]] = {}
+    for name, module in modules.items():
+        own: list[str] = []
+        found[name or root] = module, own
+        for label, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen and _is_recorded(parameter):
+                seen.add(id(parameter))
+                own.append(label)
+    return found
+
+
+def _contents(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Modules and the labels of their parameters: what is quickly compared."""
+    return [
+        (id(module), *(label for label, p in module._parameters.items() if p is not None))
+        for module in model.modules()
+    ]
+
+
 def _is_recorded(parameter: nn.Parameter) -> bool:
     return parameter.is_floating_point() and (is_lazy(parameter) or bool(parameter.numel()))
 
 
 def _compiled(model: nn.Module) -> set[str]:
-    """Paths of the modules that torch.compile has been asked to run, each ending in a dot."""
+    """Paths of the modules that torch.compile or TorchScript runs, each ending in a dot."""
     paths = {name_of(name) for name, module in model.named_modules() if is_compiled(module)}
     return {f"{path}." if path else "" for path in paths}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -64,19 +65,24 @@ def values_of(tensor: Tensor) -> Tensor:
     return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
 
 
-def all_tensors(value: Any) -> Iterator[Tensor]:
+def all_tensors(value: Any, around: tuple[int, ...] = ()) -> Iterator[Tensor]:
     """Those in tuples, lists, dicts and dataclasses, of any kind."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from all_tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from all_tensors(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from all_tensors(getattr(value, field.name))
+    elif id(value) not in around:  # what contains itself would have no end
+        for item in _items(value):
+            yield from all_tensors(item, (*around, id(value)))
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, tuple | list):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # A field may be without a value yet.
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return ()
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -122,21 +128,23 @@ class Watch:
         return self._call(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self._instead,)
+        # Of Python's own, that a stored model can be loaded where there is no gradflow.
+        return partial, (self._instead,)
 
 
-def _itself(value: Any) -> Any:
-    return value
-
-
-def ignore(*_: Any) -> None:
-    """A hook that does nothing."""
+ignore: Callable[..., None] = contextlib.nullcontext().__exit__
+"""A hook that does nothing; a function of ours could not be stored without naming gradflow."""
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has been asked to run it."""
+    """Whether torch.compile has been asked to run it, or TorchScript does."""
     compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return compiled or hasattr(module, "_orig_mod")
+    return compiled or hasattr(module, "_orig_mod") or not takes_hooks(module)
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether it may have hooks: what `torch.jit` has scripted or traced may not."""
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 class Terms(Watch):

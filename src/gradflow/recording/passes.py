@@ -18,7 +18,14 @@ from gradflow.recording import elements
 from gradflow.recording.buffers import Buffer
 from gradflow.recording.execution import is_batched, is_repeated, is_transformed, will_be_repeated
 from gradflow.recording.layers import Layer, Layers
-from gradflow.recording.modules import Watch, all_tensors, ignore, stand_in, tensors_of
+from gradflow.recording.modules import (
+    Watch,
+    all_tensors,
+    ignore,
+    stand_in,
+    takes_hooks,
+    tensors_of,
+)
 from gradflow.recording.norms import norm
 from gradflow.recording.weights import Weights
 
@@ -70,6 +77,8 @@ class Passes:
         self.seconds = 0.0
         self._layers, self._buffers, self._weights = layers, buffers, weights
         self._told = False  # whether it was looked for layers whose outputs cannot be read
+        self._closed: set[int] = set()  # owners in whose outputs no tensor was found, before that
+        self._missed = False  # whether it was said that gradients are missing
         self._undo: list[Callable[[], None]] = []
         self._hooks: dict[int, Callable[[], None]] = {}  # owner -> undo of those on its output
         self._entering: dict[int, Callable[[], None]] = {}  # the same, of those before it
@@ -77,9 +86,13 @@ class Passes:
         self._attached: tuple[Any, ...] | None = None  # for what; how many layers had a place
         self._samples = 0  # in the forward pass under way, or that is repeated
         self._sizes: set[int] = set()  # numbers of samples in the step's passes
-        self._on_leaves: list[Any] = []  # handles of hooks on outputs that outlive a step
+        # What outlives a pass, a parameter say, has one hook a step for each that looks: key ->
+        # handle, and the tensor, whose id is in the key.
+        self._on_leaves: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
+        self._through: dict[tuple[int, int], list[Tensor]] = {}  # what came to one through a skip
         self._handled: list[BaseException | None] = []  # what was handled as a pass began
         self._joining = self._paused = False
+        self._evaluates = False  # whether a forward pass of the model began without gradients
         self._was_paused = False  # in the step under way
         self._under_way = 0  # counts what is collected for a step, and what was dropped
 
@@ -88,8 +101,9 @@ class Passes:
     def attach(self, model: nn.Module) -> None:
         """Watch passes of the model; of its layers, what `expect` says."""
         before, after = Watch(self._before_pass, ignore), Watch(self._on_pass, ignore)
-        self._undo.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        self._undo.append(model.register_forward_hook(after, always_call=True).remove)
+        if takes_hooks(model):
+            self._undo.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+            self._undo.append(model.register_forward_hook(after, always_call=True).remove)
         for index, block in enumerate(self._layers.blocks):
             terms, undo = stand_in(block)
             self._terms.append((terms, partial(self._on_terms, index)))
@@ -107,27 +121,31 @@ class Passes:
         self.forget()
 
     def expect(self, wanted: Wanted) -> None:
-        """Put hooks on what the step to come measures, and on layers whose place is unknown."""
+        """Put hooks on what the step to come measures, and on what it has to follow."""
         self.wanted = wanted
         if "noise_scale" in wanted.of("weights"):
             self._watch_passes()
         measures_outputs, measures_blocks = map(bool, map(wanted.of, ("outputs", "blocks")))
-        attached = measures_outputs, measures_blocks, self._layers.executed
+        layers = self._layers
+        attached = measures_outputs, measures_blocks, layers.follows_all, layers.version
         if self._attached == attached:
             return
         self._attached = attached
-        self.say_what_is_replaced()
-        for (terms, around), row in zip(self._terms, self._layers.select("blocks"), strict=True):
-            terms.switch(around, on=measures_blocks or not self._layers.is_placed(row))
-        rows = self._layers.select("outputs")
-        for index, module in enumerate(self._layers.owners):
-            unknown = not self._layers.is_placed(rows[index])
-            if not (unknown or measures_outputs):
+        self.say_what_has_changed()
+        for (terms, around), row in zip(self._terms, layers.select("blocks"), strict=True):
+            terms.switch(around, on=measures_blocks or layers.follows(row))
+        rows = layers.select("outputs")
+        for index, module in enumerate(layers.owners):
+            if not takes_hooks(module):
+                continue
+            if layers.is_placed(rows[index]) and not measures_outputs:
                 self._hooks.pop(index, ignore)()
             elif index not in self._hooks:
                 watch = Watch(partial(self._on_output, index), ignore)
-                self._hooks[index] = module.register_forward_hook(watch).remove
-            if not unknown:
+                # In front of the user's, as these may change the output: put behind them, it would
+                # be another one that is measured after each time that hooks are put on again.
+                self._hooks[index] = module.register_forward_hook(watch, prepend=True).remove
+            if not layers.follows(rows[index]):
                 self._entering.pop(index, ignore)()
             elif index not in self._entering and rows[index].kind != "block":
                 watch = Watch(partial(self._on_enter, rows[index]), ignore)
@@ -160,12 +178,16 @@ class Passes:
         self._handled.append(sys.exception())
         if not self.count and self._weights.are_others_watched():
             self._watch_passes()
-        inputs = next(all_tensors((args, kwargs)), None)
-        self._samples = 0 if inputs is None or not inputs.dim() else len(inputs)
+        self._evaluates = not torch.is_grad_enabled()
+        if self._watching():
+            self._layers.begin()
+            inputs = next(all_tensors((args, kwargs)), None)
+            self._samples = 0 if inputs is None or not inputs.dim() else len(inputs)
 
     def _on_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         """After each forward pass of the model; after one that raised, without an output."""
         handled = self._handled.pop() if self._handled else None
+        self._evaluates = False
         if not self._watching():
             return
         if output is None and sys.exception() is not handled:
@@ -195,8 +217,10 @@ class Passes:
 
     def end_step(self) -> None:
         """What is seen from now on is another step's."""
-        while self._on_leaves:
-            self._on_leaves.pop().remove()
+        for handle, _ in self._on_leaves.values():
+            handle.remove()
+        self._on_leaves.clear()
+        self._through.clear()
         self._weights.end_passes()
         self._under_way += 1
         self.count = 0
@@ -204,11 +228,11 @@ class Passes:
         self._was_paused = self._paused
 
     def _on_enter(self, row: Layer, *_: Any) -> None:
-        if self._layers.is_placed(row) or self._paused:
+        if self._paused or not self._layers.follows(row):
             return
         if self._watching():
             self._layers.enter(row)
-        elif will_be_repeated():
+        elif not self._evaluates and will_be_repeated():
             self._layers.enter(row, again=True)
 
     def _on_output(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
@@ -218,6 +242,8 @@ class Passes:
         row = self._layers.rows[index]
         if not self._layers.is_placed(row):
             self._layers.called(row, tensors, joining=self._joining)
+        if not (tensors or self._told or output is None or any(True for _ in all_tensors(output))):
+            self._closed.add(index)
         began = time.perf_counter()
         wanted = self.wanted
         for tensor in tensors:
@@ -238,7 +264,8 @@ class Passes:
         if "dead_units" in wanted and output.requires_grad:
             axis = elements.unit_axis(module, output, self._samples)
             if axis is not None and output.dim() > 1:
-                self._on_backward(output, partial(self._look_at_reached, index, axis))
+                look = partial(self._look_at_reached, index, axis)
+                self._on_backward(output, look, "dead_units", index)
 
     def _look_at_reached(self, index: int, axis: int, gradient: Tensor) -> None:
         reached = elements.reached_units(gradient, axis)
@@ -289,11 +316,12 @@ class Passes:
     def _watch_split(self, index: int, wanted: frozenset[str], x: Tensor) -> Tensor:
         """Measure what comes to `x` through the skip, of which the view returned is for, beside
         all that comes to it."""
-        through: list[Tensor] = []
+        through = self._through.setdefault((index, id(x)), []) if x.is_leaf else []
         view = x.view_as(x)
 
         def look(gradient: Tensor) -> None:
-            skip = through.pop() if through else torch.zeros_like(gradient)
+            skip = sum(through, torch.zeros_like(gradient))
+            through.clear()
             precision = torch.finfo(gradient.dtype).eps
             if gradient.element_size() < 4:
                 gradient, skip = gradient.float(), skip.float()
@@ -306,7 +334,7 @@ class Passes:
                 self._put("blocks", index, "x_grad_cosine", cosine, 1)
 
         self._on_backward(view, through.append)
-        self._on_backward(x, look)
+        self._on_backward(x, look, "split", index)
         return view
 
     def _add(self, table: str, index: int, measures: _Measures, tensor: Tensor) -> None:
@@ -318,13 +346,20 @@ class Passes:
         self._buffers[table].add(index, name, known, count)
 
     def _watch_gradient(self, table: str, index: int, measures: _Measures, tensor: Tensor) -> None:
-        self._on_backward(tensor, partial(self._add, table, index, measures))
+        look = partial(self._add, table, index, measures)
+        self._on_backward(tensor, look, table, index, measures)
 
-    def _on_backward(self, tensor: Tensor, look: Callable[[Tensor], None]) -> None:
-        """Have `look` see the gradient with respect to a tensor, in the step under way."""
-        handle = tensor.register_hook(partial(self._on_gradient, self._under_way, look))
-        if tensor.is_leaf:  # a parameter, say: it and the hook would stay
-            self._on_leaves.append(handle)
+    def _on_backward(self, tensor: Tensor, look: Callable[[Tensor], None], *what: Any) -> None:
+        """Have `look`, which is for `what`, see the gradient with respect to a tensor in this step.
+
+        A parameter that several passes return is one tensor, and each pass back reaches all hooks
+        on it.
+        """
+        hook = partial(self._on_gradient, self._under_way, look)
+        if not tensor.is_leaf:
+            tensor.register_hook(hook)
+        elif (key := (id(tensor), *what)) not in self._on_leaves:
+            self._on_leaves[key] = tensor.register_hook(hook), tensor
 
     def _on_gradient(
         self, under_way: int, look: Callable[[Tensor], None], gradient: Tensor
@@ -340,26 +375,43 @@ class Passes:
         """Name, once, the layers with a gradient whose outputs should be measured and are not."""
         if self._told or self._was_paused or not self.wanted.of("outputs"):
             return
-        self._told = True
-        unread = [
-            row.layer
-            for row, has_one in zip(self._layers.select("outputs"), has_gradient, strict=True)
-            if has_one and self._layers.nearest(row.layer) is None
-        ]
-        if unread:
+        self._told = bool(has_gradient.any())
+        rows = self._layers.select("outputs")
+        learning = np.flatnonzero(has_gradient).tolist()
+        unread = [rows[i].layer for i in learning if not self._layers.was_executed(rows[i])]
+        closed = [rows[i].layer for i in learning if i in self._closed]
+        for layers, why in (
+            (unread, "torch.compile runs, or TorchScript, or that are used without being called"),
+            (closed, "return no tensor, nor a tuple, list, dict or dataclass with one"),
+        ):
+            if layers:
+                warnings.warn(
+                    f"gradflow: outputs are not recorded of layers that {why}: {_shown(layers)}",
+                    stacklevel=5,
+                )
+
+    def say_what_is_missing(self) -> None:
+        """Say, once, that no parameter has a gradient in a step that has called the model."""
+        if self._missed or not self.count:
+            return
+        learning = [p for p in self._layers.parameters() if p is not None and p.requires_grad]
+        if learning and all(parameter.grad is None for parameter in learning):
+            self._missed = True
             warnings.warn(
-                "gradflow: outputs are not recorded of layers that torch.compile runs, or that are "
-                f"used without being called: {_shown(unread)}",
+                "gradflow: no parameter has a gradient at Recorder.step, and none is recorded: "
+                "call it after backward and before zero_grad; an optimizer that steps within "
+                "backward must leave `.grad` there until then",
                 stacklevel=5,
             )
 
-    def say_what_is_replaced(self) -> None:
-        """Name, once, the layers whose module is in the model no more: null from now on."""
-        gone = self._layers.drop_replaced()
-        if gone:
+    def say_what_has_changed(self) -> None:
+        """Name, once, the layers whose parameters are others than they were, or new: null now."""
+        changed = self._layers.drop_changed()
+        if changed:
             warnings.warn(
-                "gradflow: modules were replaced after the recorder was made, and are not recorded "
-                f"any more (another Recorder sees those in their place): {_shown(gone)}",
+                "gradflow: modules were replaced or added, or have other parameters than when the "
+                "recorder was made, and are not recorded any more (another Recorder sees what is "
+                f"there now): {_shown(changed)}",
                 stacklevel=5,
             )
 

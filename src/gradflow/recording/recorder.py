@@ -371,6 +371,8 @@ class Recorder:
         left = scale if self._updates.are_scaled(optimizer) else None
         found = self._weights.measure(gradients, left)
         self._passes.say_what_is_unread(found.measured)
+        if not found.measured.any():
+            self._passes.say_what_is_missing()
         follows = self._schedules.get("grad_cosine")
         keep = follows is not None and follows(self.next_step + 1)
         wanted, count = self._passes.wanted.of("weights"), self._passes.count
@@ -447,7 +449,7 @@ class Recorder:
     def flush(self) -> None:
         """Empty the buffers into tables (and files). Waits for the device."""
         began = time.perf_counter()
-        self._passes.say_what_is_replaced()
+        self._passes.say_what_has_changed()
         drained = {name: buffer.drain() for name, buffer in self._buffers.items()}
         steps, self._step_rows = _plain(self._step_rows), []
         if self._layers.sharded and steps:
@@ -468,11 +470,11 @@ class Recorder:
                 scaled=self._updates.scaler is not None,
             )
             events += [] if self.divergence is None else [self.divergence.step]
-        if self._writer is not None and steps and self._layers.executed > self._modules_written:
+        if self._writer is not None and steps and self._layers.version > self._modules_written:
             from gradflow import schema
 
             self._writer.write("modules", schema.table("modules", self._layers.columns()))
-            self._modules_written = self._layers.executed
+            self._modules_written = self._layers.version
         if self._flight is not None:
             self._write_flight(self._flight, drained, steps, events)
         for name, found in drained.items():

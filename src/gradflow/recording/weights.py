@@ -78,7 +78,7 @@ class Weights:
         self._passes: dict[int, list[Tensor]] = {}  # place -> squared norms, one a backward pass
         self._others: dict[int, Tensor] = {}  # place -> squared norm of what else `.grad` has
         self._hooks: list[tuple[Any, Any]] = []  # handle, the node it is on
-        self._watched: list[tuple[int, torch.Size]] = []  # these parameters, as they were
+        self._watched: list[tuple[Any, ...]] = []  # these parameters, as they were
 
     def gradients(self, optimizer: Optimizer | None) -> list[Tensor | None]:
         """Of each parameter, as it is; of what that optimizer updates, if one is given."""
@@ -302,14 +302,14 @@ class Weights:
                 self._hooks.append((node.register_prehook(hook), node))
 
     def are_others_watched(self) -> bool:
-        """Whether parameters have been put in the place of those that are watched, or reshaped.
+        """Whether others are in the place of the parameters watched, or their shape or format is.
 
-        What the hook is on keeps to a parameter's shape, and autograd fails where that changes.
+        What the hook is on keeps to these, and autograd fails, or goes past it, where they change.
         """
         return bool(self._hooks) and self._watched != self._present()
 
-    def _present(self) -> list[tuple[int, torch.Size]]:
-        return [(id(p), p.shape) for p in self._layers.parameters() if p is not None]
+    def _present(self) -> list[tuple[Any, ...]]:
+        return [(id(p), p.shape, p.dtype) for p in self._layers.parameters() if p is not None]
 
     def _on_pass(
         self,
