@@ -43,8 +43,9 @@ def test_the_summary_of_a_diverged_run_and_of_zeros(tmp_path):
     )
     vanishing = next(run for run in runs.values() if run.path.name.startswith("mlp"))
     assert captions.summary(vanishing)[1:3] == [
-        "at initialisation: vanishing: the norm of the weights' gradient at layers.0 is at most "
-        f"{tables.short(0.24**23)} times that at layers.29 (exactly zero in 4 of 28 layers)",
+        "at initialisation: vanishing: the norm of the weights' gradient at 3 layers from layers.0 "
+        f"on is in the median at most {tables.short(0.24**23)} times that at 3 up to layers.29 "
+        "(exactly zero in 4 of 28 layers)",
         "at initialisation: dead units: no gradient at all reaches 5 layers: it is exactly zero "
         "there",
     ]

@@ -760,3 +760,14 @@ def test_the_interval_of_a_rate_holds_as_often_as_it_says():
         rate = tables.fit_rate(np.exp(line + 0.1 * rng.normal(size=40)))
         inside += rate.low <= math.exp(0.2) <= rate.high
     assert 0.92 <= inside / 400 <= 0.98
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_torchscript_runs_is_no_hindrance():
+    torch.manual_seed(0)
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.ReLU()))
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), scripted, nn.Linear(16, 4))
+    batch = torch.randn(64, 16), torch.randint(4, (64,))
+    with pytest.warns(UserWarning, match=r"TorchScript.*: 2\.0$"):
+        found = gradflow.diagnose(model, batch, nn.functional.cross_entropy)
+    assert found.names == ("healthy",)

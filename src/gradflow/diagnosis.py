@@ -515,8 +515,8 @@ def _healthy(record: _Record, looked_at: Sequence[str]) -> Diagnosis:
     absent = ", ".join(name for name in looked_at if name != _GROWTH)
     time = "; through time it was not measured" * bool(len(record.everywhere("recurrent")))
     sentence = (
-        f"the gradient's norm at {change.first} is {tables.short(change.ratio)} times that at "
-        f"{change.last}{_rate_words(change.rate)}{time}; looked for and absent: {absent}"
+        f"the gradient's norm {change.words}{_rate_words(change.rate)}{time}; looked for and "
+        f"absent: {absent}"
     )
     return Diagnosis(HEALTHY, sentence, evidence=change.evidence)
 
@@ -590,6 +590,17 @@ class _Change:
         return numbers
 
     @property
+    def words(self) -> str:
+        """`at A is 2 times that at B`; of medians, it says so."""
+        number = f"{'at most ' * self.bound}{tables.short(self.ratio)}"
+        if _at_end(self.values) == 1:
+            return f"at {self.first} is {number} times that at {self.last}"
+        return (
+            f"at {ENDS} layers from {self.first} on is in the median {number} times that at {ENDS} "
+            f"up to {self.last}"
+        )
+
+    @property
     def matters(self) -> bool:
         """Beyond CHANGE, or beyond STEADY_CHANGE at a rate that is not 1."""
         size = abs(math.log(self.ratio))
@@ -620,15 +631,11 @@ def _growth(record: _Record) -> Found:
 
 def _grown(record: _Record, change: _Change, words: str) -> Diagnosis:
     name = EXPLODING if change.ratio > 1 else VANISHING
-    typical = change.values[-ENDS:] if len(change.values) >= 2 * ENDS else change.values[-1:]
+    typical = change.values[-_at_end(change.values) :]
     far = np.abs(np.log(change.values / np.median(typical))) > math.log(STEADY_CHANGE)
     far &= (change.values > np.median(typical)) == (name == EXPLODING)
     layers = tuple(np.array(change.layers, dtype=object)[far])
-    bound = "at most " if change.bound else ""
-    sentence = (
-        f"{words} at {change.first} is {bound}{tables.short(change.ratio)} times that "
-        f"at {change.last}{_rate_words(change.rate)}"
-    )
+    sentence = f"{words} {change.words}{_rate_words(change.rate)}"
     forward, numbers = _forward(record), change.evidence
     if forward is not None:
         numbers["output_rms_last_over_first"] = forward
@@ -701,9 +708,14 @@ def _ends(part: pd.DataFrame, quantity: str, rate: tables.Rate, rows: pd.DataFra
     return _Change(_ratio(values), len(rows), layers[0], layers[-1], layers, values, rate, bound)
 
 
+def _at_end(values: NDArray[np.float64]) -> int:
+    """How many values are an end of the network: one where there are few."""
+    return ENDS if len(values) >= 2 * ENDS else 1
+
+
 def _ratio(values: NDArray[np.float64]) -> float:
-    """First over last: medians of three, where there are six."""
-    count = ENDS if len(values) >= 2 * ENDS else 1
+    """First over last, by their medians."""
+    count = _at_end(values)
     first, last = np.median(values[:count]), np.median(values[-count:])
     with np.errstate(over="ignore"):
         return float(np.clip(first / last, 1e-300, 1e300))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gradflow.errors import GradflowError
-from gradflow.recording.modules import all_tensors, tensors_of
+from gradflow.recording.modules import all_tensors, takes_hooks, tensors_of
 from gradflow.recording.probes import gradient_cosine
 from gradflow.recording.probes.passes import (
     Reading,
@@ -183,7 +183,7 @@ class _Forward:
                 self.entered.setdefault(self._modules[module].layer, len(self.entered))
 
         with contextlib.ExitStack() as undo:
-            for module in self._modules:
+            for module in filter(takes_hooks, self._modules):
                 undo.callback(module.register_forward_pre_hook(enter).remove)
                 undo.callback(module.register_forward_hook(note).remove)
             undo.enter_context(Slopes(self._on_activation))

@@ -255,15 +255,23 @@ class Layers:
         Of others that stand there, and which the pass has left out, behind those that come before
         it in the model.
         """
+        known = set(names)
+        behind: dict[str, str | None] = {}  # layer -> the next in the pass that has a place
+        following = None
+        for layer in reversed(entered):
+            behind[layer] = following
+            following = layer if layer in known else following
         place = 0
-        for index, layer in enumerate(entered):
-            if layer not in names:
-                known = [names.index(later) for later in entered[index:] if later in names]
-                end = min((other for other in known if other >= place), default=len(names))
-                while place < end and self._tree[names[place]] < self._tree[layer]:
-                    place += 1
-                names.insert(place, layer)
-            place = names.index(layer) + 1
+        for layer in entered:
+            if layer in known:
+                place = names.index(layer) + 1
+                continue
+            following = behind[layer]
+            end = len(names) if following is None else names.index(following)
+            while place < end and self._tree[names[place]] < self._tree[layer]:
+                place += 1
+            names.insert(place, layer)
+            place += 1
 
     def nearest(self, layer: str) -> str | None:
         """The layer itself, if it was executed, else the nearest executed one around it.

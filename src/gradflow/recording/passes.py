@@ -83,7 +83,7 @@ class Passes:
         self._hooks: dict[int, Callable[[], None]] = {}  # owner -> undo of those on its output
         self._entering: dict[int, Callable[[], None]] = {}  # the same, of those before it
         self._terms: list[tuple[Any, Callable[..., Any]]] = []  # of blocks, what is around them
-        self._attached: tuple[Any, ...] | None = None  # for what; how many layers had a place
+        self._attached: tuple[Any, ...] | None = None  # for what hooks are there
         self._samples = 0  # in the forward pass under way, or that is repeated
         self._sizes: set[int] = set()  # numbers of samples in the step's passes
         # What outlives a pass, a parameter say, has one hook a step for each that looks: key ->
