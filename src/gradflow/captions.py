@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -78,9 +78,13 @@ def marks(values: pd.Series) -> str:
     """Names exact zeros and non-finite values in what is drawn, if there are any."""
     known = values.to_numpy(dtype=float, na_value=np.nan)
     zeros, infinite = int((known == 0).sum()), int((~np.isfinite(known)).sum())
-    words = [f"{zeros} values are exactly zero"] * bool(zeros)
-    words += [f"{infinite} are NaN or Inf"] * bool(infinite)
+    words = [f"{zeros} {_be(zeros)} exactly zero"] * bool(zeros)
+    words += [f"{infinite} {_be(infinite)} NaN or Inf"] * bool(infinite)
     return f" Of {known.size} values drawn {' and '.join(words)}." if words else ""
+
+
+def _be(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def crosses(lost: pd.DataFrame) -> str:
@@ -100,8 +104,8 @@ def aside(profiles: pd.DataFrame) -> str:
     if not layers:
         return ""
     return (
-        f" {layers} modules of the skips' path, or of one arm alone, are left out, so that the "
-        "arms line up; they are in the table of profiles."
+        f" {tables.counted(layers, 'module')} of the skips' path, or of one arm alone, "
+        f"{_be(layers)} left out, so that the arms line up; the table of profiles has all."
     )
 
 
@@ -186,7 +190,8 @@ def reservations(diagnoses: pd.DataFrame) -> list[str]:
     remarks = list(dict.fromkeys(filter(None, diagnoses["remarks"])))
     lines = [f"No trouble: {remark}." for remark in remarks[:_REMARKS]]
     if len(remarks) > _REMARKS:
-        lines.append(f"{len(remarks) - _REMARKS} more remarks of this kind are in diagnoses.csv.")
+        more = tables.counted(len(remarks) - _REMARKS, "more remark")
+        lines.append(f"In diagnoses.csv: {more} of this kind.")
     names = dict.fromkeys(", ".join(filter(None, diagnoses["unmeasured"])).split(", "))
     told = ", ".join(filter(None, names))
     return [*lines, f"What not every record here can tell: {told}."] if told else lines
@@ -231,7 +236,7 @@ def _ending(run: Run) -> str:
     steps, seconds, values = run.record.get("steps"), run.record.get("seconds"), run.metrics
     line = tables.outcome(run)
     if steps is not None:
-        line += f": {steps} updates" if run.status == "done" else f"; {steps} updates"
+        line += f"{':' if run.status == 'done' else ';'} {tables.counted(steps, 'update')}"
     if seconds is not None:
         line += f" in {seconds:.0f} s" if seconds >= 10 else f" in {seconds:.1f} s"
     for split, words in (("train", "training"), ("test", "test")):
@@ -253,24 +258,54 @@ _CONDITIONS = {
     "lr": "learning rate {}", "schedule": "{} schedule", "milestones": "milestones {}",
     "warmup": "{} steps of warm-up", "warmup_lr": "at {}", "weights_digest": "weights {}",
     "clip": "clipped at {}", "precision": "{}",
-    "epochs": "{} epochs", "steps": "{} updates", "seed": "seeds {}",
+    "epochs": "{} epoch{s}", "updates": "{} update{s}{lost}", "seed": "seed{s} {}",
 }  # fmt: skip
-_SHORT = ("network", "data", "batch_size", "lr", "schedule", "steps", "seed")
+_SHORT = ("network", "data", "batch_size", "lr", "schedule", "updates", "seed")
 _UNREMARKABLE = {"accumulate": 1, "warmup": 0, "precision": "fp32"}
 
 
 def conditions(members: Iterable[Run], *, short: bool = False) -> str:
     """Under which conditions some runs were made, from their specs; `short` as a caption needs."""
-    rows = [run.columns() | {"steps": run.record.get("steps")} for run in members]
+    runs = list(members)
+    rows = [run.columns() | {"updates": _planned(run)} for run in runs]
     parts = []
     for key, words in _CONDITIONS.items():
         values = {row.get(key) for row in rows} - {None, _UNREMARKABLE.get(key)}
         if values and (not short or key in _SHORT):
-            text = words.format(_listed(values))
-            parts.append(text.replace("seeds", "seed") if len(values) == 1 else text)
-    if any(run.record.get("origin") == "external" for run in members):
+            one = len(values) == 1 if key == "seed" else values == {1}
+            parts.append(words.format(_listed(values), s="" if one else "s", lost=_lost(runs)))
+    if any(run.record.get("origin") == "external" for run in runs):
         parts.append("a user's own loop")
     return ", ".join(parts)
+
+
+def _planned(run: Run) -> int | None:
+    """The updates of the whole run, where they are known: one that diverged made fewer."""
+    if run.status == "done":
+        return run.record.get("steps")
+    if run.record.get("origin") != "gradflow" or unreadable(run):
+        return None
+    spec = RunSpec.from_dict(run.spec)
+    size = spec.data.train_size
+    return None if spec.max_steps is None and size is None else spec.updates(size or 0)
+
+
+def _lost(runs: Sequence[Run]) -> str:
+    """` (diverged after 4)`, ` (2 of 3 diverged, after 4 and 6)`; or nothing."""
+    lost = [run for run in runs if run.status == "diverged"]
+    if not lost:
+        return ""
+    count = f"{len(lost)} of {len(runs)} diverged," if len(runs) > 1 else "diverged"
+    return f" ({count} after {_listed({run.record.get('steps', 0) for run in lost})})"
+
+
+def unreadable(run: Run) -> str:
+    """What is wrong with the spec of a run of gradflow's own, if anything is."""
+    try:
+        RunSpec.from_dict(run.spec)
+    except (SpecError, TypeError) as error:
+        return str(error)
+    return ""
 
 
 def _listed(values: Iterable[Any]) -> str:
@@ -295,7 +330,7 @@ def environment(run: Run) -> str:
     parts = [f"{name} {version}" for name, version in names if version]
     parts += [str(place["platform"])] if place.get("platform") else []
     if place.get("device"):
-        parts.append(f"{place['device']}, {place.get('threads')} thread(s)")
+        parts.append(f"{place['device']}, {tables.counted(place.get('threads'), 'thread')}")
     git = place.get("git") or {}
     if git.get("commit"):
         parts.append(f"commit {git['commit'][:10]}{', with changes' if git.get('dirty') else ''}")
@@ -314,11 +349,9 @@ def commands(members: Iterable[Run]) -> list[str]:
     for run in members:
         if run.record.get("origin") != "gradflow":
             continue
-        try:
-            spec = RunSpec.from_dict(run.spec)
-        except (SpecError, TypeError):  # of a version with other keys
+        if unreadable(run):  # of a version with other keys
             continue
-        named = _named(spec, known)
+        named = _named(RunSpec.from_dict(run.spec), known)
         fixed = tuple(f"{key}={text}" for key, text in named.items() if key not in _SWEPT)
         groups.setdefault(fixed, []).append({key: named[key] for key in _SWEPT if key in named})
     lines = []

@@ -289,7 +289,8 @@ def _subtitle(found: Material, probes: str) -> str:
     counts = pd.Series([run.status for run in found.members]).value_counts()
     places = dict.fromkeys(str(run.path.parent) for run in found.members)
     states = ", ".join(f"{count} {status}" for status, count in counts.items())
-    runs = f"{len(found.members)} runs in {', '.join(places)} ({states})" if places else ""
+    counted = tables.counted(len(found.members), "run")
+    runs = f"{counted} in {', '.join(places)} ({states})" if places else ""
     made = f"report of {time.strftime('%Y-%m-%d %H:%M')}"
     told = [runs, _probe_words(found.probes, probes), made]
     return "; ".join(filter(None, told))
@@ -467,7 +468,7 @@ def _stories(page: Page, group: Material) -> None:
         page.text("What led to the step at which a run went wrong, by its last steps:", note=True)
         page.items(lines[:_STORIES])
     if len(lines) > _STORIES:
-        page.text(f"{len(lines) - _STORIES} more are in stories.csv.", note=True)
+        page.text(f"In stories.csv: {len(lines) - _STORIES} more.", note=True)
 
 
 def _profile_section(
@@ -659,7 +660,7 @@ def _condition_section(page: Page, groups: list[Material]) -> None:
         words = captions.environment(run)
         environments[words] = environments.get(words, 0) + 1
     page.heading("Environment")
-    page.items([f"{count} runs: {words}" for words, count in environments.items()])
+    page.items([f"{tables.counted(n, 'run')}: {words}" for words, n in environments.items()])
 
 
 # --- command line ---------------------------------------------------------------------------------

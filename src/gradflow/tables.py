@@ -921,7 +921,7 @@ def other_circumstances(run: Run) -> list[str]:
         words = [f"{name} {old} → {new}" for name, (old, new) in changed.items() if old != new]
         if words:
             updates = attempt.get("updates")
-            lines.append(f"gone on after {updates} updates with {', '.join(sorted(words))}")
+            lines.append(f"gone on after {counted(updates, 'update')} with {', '.join(sorted(words))}")
         before = here
     return lines
 
@@ -933,13 +933,18 @@ def ordered(arms: Iterable[str]) -> list[str]:
     return sorted(known, key=lambda name: (rank.get(name, len(rank)), name))
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 run`, `18 runs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def when(steps: ArrayLike) -> str:
     """A moment in words: `initialisation`, `after 263 updates`."""
     known = np.unique(np.asarray(steps, dtype=int))
     if known[-1] == 0:
         return "initialisation"
     first = f"{known[0]} to " if len(known) > 1 else ""
-    return f"after {first}{known[-1]} update{'s' if known[-1] > 1 else ''}"
+    return f"after {first}{counted(known[-1], 'update')}"
 
 
 def rate_words(frame: pd.DataFrame) -> pd.DataFrame:
