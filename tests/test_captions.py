@@ -163,5 +163,5 @@ def test_remarks_are_few_and_what_is_not_measured_is_named_once():
         "No trouble: 0 layers wait.",
         "No trouble: 1 layers wait.",
         "In diagnoses.csv: 2 more remarks of this kind.",
-        "What not every record here can tell: shattered.",
+        "Not looked for in every record here, for want of what tells of it: shattered.",
     ]

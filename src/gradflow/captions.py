@@ -33,15 +33,25 @@ def answers(lines: pd.DataFrame, gains: pd.DataFrame, lost: pd.DataFrame) -> lis
         errors = [f"{row['text']} at depth {row['depth']}" for _, row in ends.iterrows()]
         told.append(f"Final training error of {arm} networks: {', '.join(errors)}.")
     for arm, part in _training(gains):
-        last = part.iloc[-1]
-        way = "lower" if last["mean"] > 0 else "higher"
-        gap = f"{way} than that of plain ones by {str(last['text']).lstrip('+-')}"
-        gap = gap if last["mean"] else f"that of plain ones ({last['text']})"
-        told.append(f"At depth {last['depth']} the training error of {arm} networks is {gap}.")
+        told.append(_compared(arm, part.iloc[-1]))
     for arm in _plain_first(lost["arm"]):
         counts = [f"{r['text']} at depth {r['depth']}" for r in _rows(lost[lost["arm"] == arm])]
         told.append(f"Of {arm} networks {', '.join(counts)}: these have no final error.")
     return told or ["No run of this group has a final training error."]
+
+
+def _compared(arm: str, gain: pd.Series) -> str:
+    """An arm's training error and the plain one: which is lower, where the interval shows it."""
+    found, text = tables.Interval(gain["mean"], gain["half"], gain["seeds"]), str(gain["text"])
+    where = f"At depth {gain['depth']} the training error of"
+    if found.mean == 0 and found.agree:
+        return f"{where} {arm} networks is that of plain ones ({text})."
+    if found.sign:
+        way = "lower" if found.sign > 0 else "higher"
+        by = text.lstrip("+-")
+        return f"{where} {arm} networks is {way} than that of plain ones by {by}."
+    shown = "" if found.seeds == 1 else ": no difference is shown"
+    return f"{where} plain networks minus that of {arm} ones is {text}{shown}."
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[Any, Any]]:
@@ -64,14 +74,20 @@ def ratios(words: pd.DataFrame) -> str:
     Args:
         words: `tables.rate_words` of one moment.
     """
-    kinds = {"conv": "convolution", "linear": "linear layer"}
     parts = []
     for key, part in words.groupby("depth", sort=True, dropna=False):
         where = "" if pd.isna(key) else f"depth {key!s} "
-        means = [f"{row['first_last'].split(' ')[0]} ({row['arm']})" for _, row in part.iterrows()]
+        ends = part["first_last"].str.partition(" (")[0]  # without the range over seeds
+        means = [f"{end} ({arm})" for end, arm in zip(ends, part["arm"], strict=True)]
         parts.append(f"{where}{', '.join(means)}")
-    kind = kinds.get(words["kind"].iloc[0], "layer")
-    return f"Norm at the first {kind} over that at the last: {'; '.join(parts)}."
+    return f"Norm at the first {kind_of(words)} over that at the last: {'; '.join(parts)}."
+
+
+def kind_of(words: pd.DataFrame) -> str:
+    """What the layers are whose first and last `tables.rates` compares: of one kind in a run."""
+    kinds = {"conv": "convolution", "linear": "linear layer"}
+    found = [name for kind, name in kinds.items() if (words["kind"] == kind).any()]
+    return " or ".join(found) or "layer"
 
 
 def marks(values: pd.Series) -> str:
@@ -194,7 +210,9 @@ def reservations(diagnoses: pd.DataFrame) -> list[str]:
         lines.append(f"In diagnoses.csv: {more} of this kind.")
     names = dict.fromkeys(", ".join(filter(None, diagnoses["unmeasured"])).split(", "))
     told = ", ".join(filter(None, names))
-    return [*lines, f"What not every record here can tell: {told}."] if told else lines
+    if not told:
+        return lines
+    return [*lines, f"Not looked for in every record here, for want of what tells of it: {told}."]
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -330,11 +348,16 @@ def environment(run: Run) -> str:
     parts = [f"{name} {version}" for name, version in names if version]
     parts += [str(place["platform"])] if place.get("platform") else []
     if place.get("device"):
-        parts.append(f"{place['device']}, {tables.counted(place.get('threads'), 'thread')}")
+        parts.append(", ".join([str(place["device"]), *_threads(place)]))
     git = place.get("git") or {}
     if git.get("commit"):
         parts.append(f"commit {git['commit'][:10]}{', with changes' if git.get('dirty') else ''}")
     return "; ".join([*parts, *tables.other_circumstances(run)]) or "not recorded"
+
+
+def _threads(place: Mapping[str, Any]) -> list[str]:
+    count = place.get("threads")
+    return [] if count is None else [tables.counted(count, "thread")]
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -356,11 +379,16 @@ def commands(members: Iterable[Run]) -> list[str]:
         groups.setdefault(fixed, []).append({key: named[key] for key in _SWEPT if key in named})
     lines = []
     for fixed, asked in groups.items():
-        for row in _as_sweeps(asked):
+        for row in _as_sweeps(sorted(asked, key=_in_numbers)):
             many = ["-m"] if any("," in text for text in row.values()) else []
             words = [*(f"{key}={text}" for key, text in row.items()), *fixed]
             lines.append(shlex.join(["python", "-m", "gradflow", *many, *words]))
     return list(dict.fromkeys(lines))
+
+
+def _in_numbers(row: Mapping[str, str]) -> list[int]:
+    """By which depths and seeds ascend, and skips stay as they come."""
+    return [int(row[key]) if row.get(key, "").isdecimal() else 0 for key in _SWEPT]
 
 
 def _as_sweeps(asked: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -527,7 +527,11 @@ def _rate_columns(words: pd.DataFrame) -> pd.DataFrame:
     if words["step"].nunique() > 1:  # where some runs ended earlier
         names["step"] = "after updates"
     names["rate"] = "a layer toward the input"
-    names |= {"trend": "trend", "fits": "seeds with a rate", "first_last": "first/last layer"}
+    names |= {
+        "trend": "trend",
+        "fits": "seeds with a rate",
+        "first_last": f"first/last {captions.kind_of(words)}",
+    }
     names |= {name: name.replace("_", "-") for name in ("zeros", "non_finite") if words[name].any()}
     depth = words["depth"].astype(object).where(words["depth"].notna(), "–")
     return words.assign(depth=depth)[list(names)].rename(columns=names)
@@ -636,7 +640,7 @@ def _run_section(page: Page, found: Material) -> None:
     page.text(
         "Diagnosis of the first recorded step, and of the last where it differs. Certificate of "
         "the run's pair: matched is equal initial parameters, batches and data, by digest. "
-        "Recorder: its share of the run's time. Accuracies at the end, evaluation mode.",
+        "Recorder: its share of the training loop's time. Accuracies at the end, evaluation mode.",
         note=True,
     )
 
