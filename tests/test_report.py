@@ -16,10 +16,11 @@ import report_store
 import torch
 from html_page import Page
 
-from gradflow import captions, cli, diagnosis, page, plots, report, schema, store
+from gradflow import captions, cli, diagnosis, page, plots, report, schema, store, styles
 from gradflow.errors import GradflowError
 from gradflow.page import ASSETS
 from gradflow.recording import Recorder
+from gradflow.recording.quantities import QUANTITIES
 from gradflow.spec import RunSpec
 from gradflow.store import Run, load_runs
 
@@ -101,9 +102,7 @@ def test_numbers_on_the_page_equal_the_store(whole):
             "3 of 3"] in page.rows  # fmt: skip
     assert "residual networks is lower than that of plain ones by 0.490 ± 0.237 (3 seeds)." in text
     assert ["56", "plain", "1.210×", "grows", "4 of 4", "2.95e4"] in page.rows
-    heads = {
-        row[-1] for row in page.rows if row[:3] == ["depth", "skip", "a layer toward the input"]
-    }
+    heads = {row[5] for row in page.rows if "a layer toward the input" in row[:3]}
     assert heads == {"first/last convolution", "first/last linear layer"}
 
 
@@ -196,7 +195,8 @@ def test_what_is_not_told_is_not_diagnosed(tmp_path, monkeypatch):
         report_store.write_run(tmp_path, depth=8, skip="none", seed=seed)
     monkeypatch.setattr(report, "TOLD_RUNS", 2)
     monkeypatch.setattr(diagnosis, "diagnose_tables", None)
-    assert "3 runs: python -m analysis tells" in report.text_report(load_runs(tmp_path))
+    told = "3 runs: python -m gradflow.report RUNS tells what the gradient did in each"
+    assert told in report.text_report(load_runs(tmp_path))
 
 
 def test_tables_are_files_with_the_values_of_the_store(whole):
@@ -243,6 +243,10 @@ def test_problems_are_named_on_the_page(whole):
     assert "unfinished: its process is gone" in problems
     assert "diverged at step 5: output_rms not finite in conv1" in problems
     assert "not matched" not in problems  # what diverged has seen fewer batches, and is named
+
+
+def test_every_quantity_has_a_label():
+    assert list(styles.LABELS) == list(QUANTITIES)
 
 
 def test_the_environment_and_the_command_that_repeats_it(whole):
@@ -344,6 +348,17 @@ def test_a_run_whose_record_is_of_wrong_types_is_passed_over(tmp_path, fast, cap
     printed = capsys.readouterr()
     assert printed.err.startswith(f"passed over: {path}/run.json: unreadable")
     assert re.search(r"^8 +0\.750 +1$", printed.out, re.MULTILINE)
+
+
+def test_a_spec_that_is_none_is_named(tmp_path, fast):
+    report_store.write_run(tmp_path / "runs", 0.25, depth=8, skip="none")
+    path = report_store.write_run(tmp_path / "runs", 0.5, depth=8, skip="none", seed=1)
+    (path / "spec.json").write_text('{"depth": "abc"}')
+    _, text = only(tmp_path / "runs", tmp_path)
+    problems = text[text.index('<h2 id="problems"') :]
+    assert f"{path}/spec.json: not a spec of this version&#x27;s (depth=abc: allowed is" in problems
+    assert "<h3>unknown network</h3>" in text
+    assert "None" not in re.findall(r"<h3>(.*?)</h3>", text)
 
 
 def test_layers_of_one_arm_alone_leave_the_profile(tmp_path, fast):
@@ -612,6 +627,19 @@ def test_commands_are_short(tmp_path):
     assert line == "python -m gradflow -m depth=20,56 skip=true,false seed=0,1,2"
 
 
+def test_commands_count_depths_and_seeds_by_their_size(tmp_path):
+    for depth, seed in ((8, 0), (14, 0), (110, 0), (8, 10), (14, 10), (110, 10), (8, 2)):
+        report_store.write_run(tmp_path, depth=depth, skip="identity", seed=seed)
+    lines = captions.commands(load_runs(tmp_path))
+    asked = [re.findall(r"depth=(\S+) skip=true seed=(\S+)", line)[0] for line in lines]
+    assert asked == [(d, s) for d, n in (("8", 3), ("14", 2), ("110", 2)) for s in ("0", "2", "10")
+                     if n == 3 or s != "2"]  # fmt: skip
+    for depth in (14, 110):
+        report_store.write_run(tmp_path, depth=depth, skip="identity", seed=2)
+    (line,) = captions.commands(load_runs(tmp_path))
+    assert line == "python -m gradflow -m depth=8,14,110 skip=true seed=0,2,10"
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -666,6 +694,36 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
     with pytest.raises(GradflowError):
         report.write_report(load_runs(tmp_path / "runs"), tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("below", ["", "report"])
+def test_a_report_does_not_lie_among_the_runs(tmp_path, capsys, below):
+    path = report_store.write_run(tmp_path / "runs", depth=8, skip="none")
+    out = str(tmp_path / "runs" / below)
+    assert report.main([str(tmp_path / "runs"), "--out", out]) == 1
+    told = f"gradflow: --out {out}: lies in {tmp_path}/runs, among the runs; name another place\n"
+    assert capsys.readouterr().err == told
+    assert list((tmp_path / "runs").iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--foo"], "unrecognized arguments: --foo; --help lists what there is"),
+        (["--port", "x"], "argument --port: invalid int value: 'x'; --help lists what there is"),
+        (["--text", "--serve"], "--text and --serve: one of them"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_1(capsys, options, words):
+    assert report.main(options) == 1
+    assert capsys.readouterr().err == f"gradflow: {words}\n"
+
+
+def test_help_is_the_usage_and_exit_0(capsys):
+    with pytest.raises(SystemExit) as ended:
+        report.main(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m gradflow.report ")
 
 
 @pytest.mark.parametrize("module", ["analysis", "gradflow.report"])

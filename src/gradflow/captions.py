@@ -319,6 +319,8 @@ def _lost(runs: Sequence[Run]) -> str:
 
 def unreadable(run: Run) -> str:
     """What is wrong with the spec of a run of gradflow's own, if anything is."""
+    if run.record.get("origin") != "gradflow":
+        return ""
     try:
         RunSpec.from_dict(run.spec)
     except (SpecError, TypeError) as error:
