@@ -67,6 +67,8 @@ def test_every_figure_is_inline_described_and_a_file_in_three_formats(whole):
         assert all(path.stat().st_size > 1000 for path in files)
         assert files[0].read_bytes() in inline
     assert all(len(image["alt"]) > 20 for image in page.images)
+    # 7.2 inches wide, and 5 with a single panel: text of one size
+    assert {image["style"] for image in page.images} == {"--own:54.0rem", "--own:37.5rem"}
 
 
 def test_what_users_wrote_is_escaped(whole):
@@ -512,7 +514,8 @@ def test_a_page_of_an_older_report_goes_with_its_files(tmp_path):
 
 def test_html_stays_html_and_text_is_escaped(tmp_path):
     one = page.Page(tmp_path)
-    one.table(pd.DataFrame({"a": [page.link("x.html", "a<b"), "<i>"]}, dtype=object))
+    one.table(pd.DataFrame({"a": [page.link("x.html", "a<b"), "<i>", 60 * "x"]}, dtype=object))
+    assert '<td class="long" style="min-width:10ch">xxx' in one.parts[0]
     one.heading("1 < 2", "anchor")
     assert '<td><a href="x.html">a&lt;b</a></td>' in one.parts[0]
     assert "<td>&lt;i&gt;</td>" in one.parts[0]
