@@ -35,6 +35,11 @@ def run_of(place, name):
     return next(run for run in load_runs(place / "runs") if run.run_id == run_id)
 
 
+def open_values(page):
+    page.locator("#values-box summary").click()
+    page.locator("#values tbody tr").first.wait_for()  # filled once the browser tells it is open
+
+
 def values_on(page):
     """The open table's rows: layer -> (A's number, B's)."""
     rows = page.locator("#values tbody tr").all()
@@ -62,7 +67,7 @@ def test_the_first_view_is_the_deepest_pair(visit, place):
 
 def test_numbers_equal_the_stores_at_every_step(visit, place):
     page = visit().page
-    page.locator("#values-box summary").click()
+    open_values(page)
     runs = [run_of(place, chosen(page, side)) for side in "ab"]
     frames = [run.frame("weights").set_index(["step", "layer"])[QUANTITY] for run in runs]
     steps = runs[0].steps_of("weights").tolist()
@@ -120,7 +125,7 @@ def test_a_cells_colour_is_its_values(visit, place):
 
 
 def values_of_first(page):
-    page.locator("#values-box summary").click()
+    open_values(page)
     return values_on(page)
 
 
@@ -242,7 +247,7 @@ def test_quantities_and_families(visit):
         assert page.locator("#heat-b .uplot").count() == 1
     page.locator("#x-quantity").select_option("weights/weight_grad_norm")
     page.locator("#x-family").select_option("norm")
-    page.locator("#values-box summary").click()
+    open_values(page)
     assert all(".bn" in f".{layer}" for layer in values_on(page))
 
 
