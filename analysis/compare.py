@@ -66,8 +66,12 @@ def said(frame: pd.DataFrame, quantity: str, run: Run, wanted: int) -> int:
     """The recorded step that stands for the one wanted; says so where it is another."""
     step = tables.nearest(tables.measured(frame, quantity)["step"], wanted)
     if step != wanted:
-        print(f"{run.path.name}: {quantity} was not recorded at step {wanted}; step {step} is used")
+        print(f"{run.path.name}: {not_recorded(quantity, wanted, step)}")
     return step
+
+
+def not_recorded(quantity: str, wanted: int, step: object) -> str:
+    return f"{quantity} was not recorded at step {wanted}; step {step} is used"
 
 
 def compare(options: argparse.Namespace) -> None:

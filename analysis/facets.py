@@ -14,20 +14,22 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.compare import arguments, family_of, told, write
+from analysis.compare import arguments, family_of, not_recorded, told, write
 from gradflow import captions, plots, tables, views
 from gradflow.errors import GradflowError
-from gradflow.report import distinct
+from gradflow.report import check_any, distinct
 from gradflow.store import Runs, load_runs
 
 
 def facets(options: argparse.Namespace) -> None:
     quantity, family = options.quantity, options.family
     compared, problems = distinct(load_runs(*options.runs))
+    check_any(Runs(compared, problems), options.runs)
     overview = tables.overview(Runs(compared))
-    groups = 1 + int(overview["group"].max()) if len(overview) else 0
-    if not 0 <= options.group < groups:
-        raise GradflowError(f"--group {options.group}: there are {groups} groups, counted from 0")
+    last = int(overview["group"].max())
+    if not 0 <= options.group <= last:
+        there = f"groups are numbered 0 to {last}" if last else "there is one group, 0"
+        raise GradflowError(f"--group {options.group}: {there}")
     overview = overview[overview["group"] == options.group]
     runs = Runs(compared[place] for place in overview.index)
     overview = overview.reset_index(drop=True)
@@ -52,12 +54,15 @@ def facets(options: argparse.Namespace) -> None:
     shown = pd.concat(parts, ignore_index=True)
     if (shown[quantity] < 0).any():
         raise GradflowError(f"{quantity}: has negative values, and facets are logarithmic")
+    for step, part in shown[shown["step"] != options.step].groupby("step"):
+        of = tables.counted(part["run_id"].nunique(), "run")
+        print(f"{of}: {not_recorded(quantity, options.step, step)}")
     title = str(overview["title"].iloc[0])
     figure = plots.profile(shown, quantity, family=str(family), by=options.by, title=title)
     for line in passed:
         print(f"passed over: {line}", file=sys.stderr)
     name = f"group {options.group}{f' ({title})' if title else ''}"
-    print(f"{name}, {len(parts)} runs, {tables.when(shown['step'])}")
+    print(f"{name}, {tables.counted(len(parts), 'run')}, {tables.when(shown['step'])}")
     print(f"conditions: {captions.conditions(members)}")
     stem = f"facets-{options.by}-{quantity}-step{shown['step'].max()}"
     write(figure, options.out, f"{stem}-group{options.group}" if options.group else stem)

@@ -1,5 +1,7 @@
 """The words of a run and of groups of runs: each diagnosis is that of `gradflow.diagnosis`."""
 
+import math
+
 import pandas as pd
 import pytest
 import report_store
@@ -73,6 +75,31 @@ def test_a_summary_reads_each_table_once(tmp_path, monkeypatch):
     assert sorted(read) == ["flight", "modules", "outputs", "probes", "weights"]
 
 
+# --- conditions -----------------------------------------------------------------------------------
+
+
+def test_the_conditions_of_what_diverged_are_the_updates_asked_for(tmp_path):
+    keys = {"depth": 8, "skip": "none", "status": "diverged"}
+    report_store.write_run(tmp_path, None, **keys, steps=4, max_steps=15)
+    (run,) = load_runs(tmp_path)
+    assert ", 15 updates (diverged after 4), seed 0" in captions.conditions([run])
+    report_store.write_run(tmp_path, None, **keys, seed=1, steps=6, epochs=2)  # of 22 batches
+    told = captions.conditions(load_runs(tmp_path))
+    assert "2 epochs, 15 and 44 updates (2 of 2 diverged, after 4 and 6), seeds 0 and 1" in told
+    report_store.write_external(tmp_path, "own", {})
+    assert "15 and 44" in captions.conditions(load_runs(tmp_path))
+
+
+def test_one_of_a_thing_is_no_plural(tmp_path):
+    path = report_store.write_run(tmp_path, depth=8, skip="none", epochs=1, steps=1)
+    run = Run(path)
+    assert "1 epoch, 1 update, seed 0" in captions.conditions([run])
+    assert captions.summary(run)[0].startswith("done: 1 update in ")
+    assert captions.marks(pd.Series([0.0, 1.0, math.inf])) == (
+        " Of 3 values drawn 1 is exactly zero and 1 is NaN or Inf."
+    )
+
+
 # --- diagnoses ------------------------------------------------------------------------------------
 
 
@@ -136,6 +163,6 @@ def test_remarks_are_few_and_what_is_not_measured_is_named_once():
     assert captions.reservations(pd.concat([*parts, parts[0]])) == [
         "No trouble: 0 layers wait.",
         "No trouble: 1 layers wait.",
-        "2 more remarks of this kind are in diagnoses.csv.",
-        "What not every record here can tell: shattered.",
+        "In diagnoses.csv: 2 more remarks of this kind.",
+        "Not looked for in every record here, for want of what tells of it: shattered.",
     ]

@@ -151,9 +151,25 @@ def test_a_group_s_facets(store, tmp_path, capsys, monkeypatch, by):
 
 def test_facets_of_what_is_not_there(store, capsys):
     assert facets.main([str(store), "--group", "2"]) == 1
-    assert capsys.readouterr().err == "gradflow: --group 2: there are 2 groups, counted from 0\n"
+    assert capsys.readouterr().err == "gradflow: --group 2: groups are numbered 0 to 1\n"
+    (one,) = store.glob("cifar-20-none-s0-*")
+    assert facets.main([str(one), "--group", "1"]) == 1
+    assert capsys.readouterr().err == "gradflow: --group 1: there is one group, 0\n"
     assert facets.main([str(store), "--quantity", "los"]) == 1
     assert "los was not recorded" in capsys.readouterr().err
+
+
+def test_facets_of_an_empty_store(tmp_path, capsys):
+    assert facets.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"gradflow: {tmp_path}: no runs that can be read\n"
+
+
+def test_facets_say_which_step_is_used(store, tmp_path, capsys):
+    assert facets.main([str(store), "--step", "82", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(
+        "12 runs: weight_grad_norm was not recorded at step 82; step 11 is used\n"
+        "group 0 (cifar), 12 runs, after 11 updates\n"
+    )
 
 
 @pytest.mark.parametrize("module", ["analysis.compare", "analysis.facets"])

@@ -16,10 +16,11 @@ import report_store
 import torch
 from html_page import Page
 
-from gradflow import captions, cli, diagnosis, page, plots, report, schema, store
+from gradflow import captions, cli, diagnosis, page, plots, report, schema, store, styles
 from gradflow.errors import GradflowError
 from gradflow.page import ASSETS
 from gradflow.recording import Recorder
+from gradflow.recording.quantities import QUANTITIES
 from gradflow.spec import RunSpec
 from gradflow.store import Run, load_runs
 
@@ -66,6 +67,8 @@ def test_every_figure_is_inline_described_and_a_file_in_three_formats(whole):
         assert all(path.stat().st_size > 1000 for path in files)
         assert files[0].read_bytes() in inline
     assert all(len(image["alt"]) > 20 for image in page.images)
+    # 7.2 inches wide, and 5 with a single panel: text of one size
+    assert {image["style"] for image in page.images} == {"--own:54.0rem", "--own:37.5rem"}
 
 
 def test_what_users_wrote_is_escaped(whole):
@@ -101,6 +104,8 @@ def test_numbers_on_the_page_equal_the_store(whole):
             "3 of 3"] in page.rows  # fmt: skip
     assert "residual networks is lower than that of plain ones by 0.490 ± 0.237 (3 seeds)." in text
     assert ["56", "plain", "1.210×", "grows", "4 of 4", "2.95e4"] in page.rows
+    heads = {row[5] for row in page.rows if "a layer toward the input" in row[:3]}
+    assert heads == {"first/last convolution", "first/last linear layer"}
 
 
 def test_diagnoses_are_those_of_the_runs_and_no_other_word_is_used(whole):
@@ -139,7 +144,9 @@ def test_the_evidence_of_every_run_is_a_file(whole):
     assert numbers["first_over_last"] == pytest.approx(report_store.GROWTH**51)
     advice = text[text.index('<h2 id="diagnosis"') : text.index('<h2 id="initialisation"')]
     assert "Usually helps against exploding: Add skip connections" in advice
-    assert "What not every record here can tell: underflow, dead units, saturated" in advice
+    assert (
+        "Not looked for in every record here, for want of what tells of it: underflow, dead units,"
+    ) in advice
     runs = pd.read_csv(place / "report" / "tables" / "runs.csv").set_index("run")
     assert runs.loc["nameless", "diagnosis"] == "healthy"
     rates = pd.read_csv(place / "report" / "tables" / "rates.csv")
@@ -193,7 +200,8 @@ def test_what_is_not_told_is_not_diagnosed(tmp_path, monkeypatch):
         report_store.write_run(tmp_path, depth=8, skip="none", seed=seed)
     monkeypatch.setattr(report, "TOLD_RUNS", 2)
     monkeypatch.setattr(diagnosis, "diagnose_tables", None)
-    assert "3 runs: python -m analysis tells" in report.text_report(load_runs(tmp_path))
+    told = "3 runs: python -m gradflow.report RUNS tells what the gradient did in each"
+    assert told in report.text_report(load_runs(tmp_path))
 
 
 def test_tables_are_files_with_the_values_of_the_store(whole):
@@ -220,11 +228,12 @@ def test_captions_name_the_conditions_and_what_is_seen(whole):
     _, text, _ = whole
     captions_ = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.DOTALL)
     first = next(c for c in captions_ if c.startswith("Final error against depth"))
-    for words in ("learning rate 0.02", "one-cycle schedule", "batch 64", "6 and 12 updates",
-                  "seeds 0, 1, 2, 3 and 4", "digits"):  # fmt: skip
+    for words in ("learning rate 0.02", "one-cycle schedule", "batch 64", "digits",
+                  "12 and 264 updates (1 of 15 diverged, after 6)", "seeds 0, 1, 2, 3 and 4",
+                  ):  # fmt: skip
         assert words in first
     assert "Crosses at the upper edge: runs that diverged" in first
-    assert any("5 values are exactly zero" in c for c in captions_)
+    assert any("values drawn 5 are exactly zero" in c for c in captions_)
     assert any("56 are NaN or Inf" in c for c in captions_)
     seen = "Norm at the first convolution over that at the last: depth 20 30.9 (plain), 7.85"
     assert any(seen in c for c in captions_)
@@ -238,12 +247,16 @@ def test_problems_are_named_on_the_page(whole):
     assert "cifar-20-none-s9-0000000000/run.json: unreadable" in problems
     assert "unfinished: its process is gone" in problems
     assert "diverged at step 5: output_rms not finite in conv1" in problems
-    assert "not matched: batches differ (6 and 12 steps)" in problems
+    assert "not matched" not in problems  # what diverged has seen fewer batches, and is named
+
+
+def test_every_quantity_has_a_label():
+    assert list(styles.LABELS) == list(QUANTITIES)
 
 
 def test_the_environment_and_the_command_that_repeats_it(whole):
     _, text, _ = whole
-    assert "python 3.11.7; torch 2.13.0; cpu, 1 thread(s); commit 0123456789" in text
+    assert "python 3.11.7; torch 2.13.0; cpu, 1 thread; commit 0123456789" in text
     assert "network=mlp norm=none activation=sigmoid init=xavier max_steps=0" in text
 
 
@@ -342,6 +355,17 @@ def test_a_run_whose_record_is_of_wrong_types_is_passed_over(tmp_path, fast, cap
     assert re.search(r"^8 +0\.750 +1$", printed.out, re.MULTILINE)
 
 
+def test_a_spec_that_is_none_is_named(tmp_path, fast):
+    report_store.write_run(tmp_path / "runs", 0.25, depth=8, skip="none")
+    path = report_store.write_run(tmp_path / "runs", 0.5, depth=8, skip="none", seed=1)
+    (path / "spec.json").write_text('{"depth": "abc"}')
+    _, text = only(tmp_path / "runs", tmp_path)
+    problems = text[text.index('<h2 id="problems"') :]
+    assert f"{path}/spec.json: not a spec of this version&#x27;s (depth=abc: allowed is" in problems
+    assert "<h3>unknown network</h3>" in text
+    assert "None" not in re.findall(r"<h3>(.*?)</h3>", text)
+
+
 def test_layers_of_one_arm_alone_leave_the_profile(tmp_path, fast):
     report_store.write_run(tmp_path / "runs", depth=8, skip="none")
     own = ("extra.weight", "conv1.bias")  # a layer, and no more than a parameter
@@ -361,7 +385,7 @@ def test_layers_of_one_arm_alone_leave_the_profile(tmp_path, fast):
     assert len(chains[0]) == 8
     assert profiles[profiles["family"] == "aside"]["layer"].tolist() == ["extra"]
     _, text = only(tmp_path / "runs", tmp_path)
-    assert "1 modules of the skips" in text
+    assert "1 module of the skips&#x27; path, or of one arm alone, is left out" in text
 
 
 def test_an_older_report_is_replaced_and_nothing_else(tmp_path, fast):
@@ -418,7 +442,7 @@ def test_probe_tasks_are_counted_and_left_out(tmp_path, fast, capsys):
     assert set(found.profiles["run"]) == {found.members[0].path.name}
     assert found.problems == []
     _, text = only(tmp_path / "runs", tmp_path)
-    assert "1 runs in" in text
+    assert "1 run in" in text
     assert "; 3 probe tasks: not shown; report of" in text
     assert "mlp-" not in text
     assert report.main([str(tmp_path / "runs"), "--text"]) == 0
@@ -493,7 +517,8 @@ def test_a_page_of_an_older_report_goes_with_its_files(tmp_path):
 
 def test_html_stays_html_and_text_is_escaped(tmp_path):
     one = page.Page(tmp_path)
-    one.table(pd.DataFrame({"a": [page.link("x.html", "a<b"), "<i>"]}, dtype=object))
+    one.table(pd.DataFrame({"a": [page.link("x.html", "a<b"), "<i>", 60 * "x"]}, dtype=object))
+    assert '<td class="long" style="min-width:10ch">xxx' in one.parts[0]
     one.heading("1 < 2", "anchor")
     assert '<td><a href="x.html">a&lt;b</a></td>' in one.parts[0]
     assert "<td>&lt;i&gt;</td>" in one.parts[0]
@@ -608,6 +633,19 @@ def test_commands_are_short(tmp_path):
     assert line == "python -m gradflow -m depth=20,56 skip=true,false seed=0,1,2"
 
 
+def test_commands_count_depths_and_seeds_by_their_size(tmp_path):
+    for depth, seed in ((8, 0), (14, 0), (110, 0), (8, 10), (14, 10), (110, 10), (8, 2)):
+        report_store.write_run(tmp_path, depth=depth, skip="identity", seed=seed)
+    lines = captions.commands(load_runs(tmp_path))
+    asked = [re.findall(r"depth=(\S+) skip=true seed=(\S+)", line)[0] for line in lines]
+    assert asked == [(d, s) for d, n in (("8", 3), ("14", 2), ("110", 2)) for s in ("0", "2", "10")
+                     if n == 3 or s != "2"]  # fmt: skip
+    for depth in (14, 110):
+        report_store.write_run(tmp_path, depth=depth, skip="identity", seed=2)
+    (line,) = captions.commands(load_runs(tmp_path))
+    assert line == "python -m gradflow -m depth=8,14,110 skip=true seed=0,2,10"
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -662,6 +700,36 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
     with pytest.raises(GradflowError):
         report.write_report(load_runs(tmp_path / "runs"), tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("below", ["", "report"])
+def test_a_report_does_not_lie_among_the_runs(tmp_path, capsys, below):
+    path = report_store.write_run(tmp_path / "runs", depth=8, skip="none")
+    out = str(tmp_path / "runs" / below)
+    assert report.main([str(tmp_path / "runs"), "--out", out]) == 1
+    told = f"gradflow: --out {out}: lies in {tmp_path}/runs, among the runs; name another place\n"
+    assert capsys.readouterr().err == told
+    assert list((tmp_path / "runs").iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--foo"], "unrecognized arguments: --foo; --help lists what there is"),
+        (["--port", "x"], "argument --port: invalid int value: 'x'; --help lists what there is"),
+        (["--text", "--serve"], "--text and --serve: one of them"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_1(capsys, options, words):
+    assert report.main(options) == 1
+    assert capsys.readouterr().err == f"gradflow: {words}\n"
+
+
+def test_help_is_the_usage_and_exit_0(capsys):
+    with pytest.raises(SystemExit) as ended:
+        report.main(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m gradflow.report ")
 
 
 @pytest.mark.parametrize("module", ["analysis", "gradflow.report"])

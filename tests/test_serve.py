@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 import report_store
 
-from gradflow import report, serve
+from gradflow import serve
 from gradflow.errors import GradflowError
 from gradflow.serve import Live
 from gradflow.store import load_runs
@@ -245,9 +245,3 @@ def test_the_command_says_that_a_port_is_taken(tmp_path):
     refused = os.strerror(errno.EADDRINUSE)
     where = f"127.0.0.1:{port}: cannot listen there ({refused})"
     assert err == f"gradflow: {where}; --port 0 takes any port\n"
-
-
-def test_options_that_do_not_go_together(capsys):
-    with pytest.raises(SystemExit):
-        report.main(["runs", "--text", "--serve"])
-    assert "--text and --serve" in capsys.readouterr().err

@@ -263,13 +263,25 @@ def test_what_users_write_into_their_spec_ends_nothing(tmp_path):
 def test_groups_are_told_by_what_differs():
     one = {"origin": "gradflow", "network": "cifar", "lr": 0.02, "clip": None, "norm": "batch"}
     assert tables.group_titles([one]) == [""]
-    assert tables.group_titles([one, one | {"clip": 1.0}]) == ["clip=none", "clip=1"]
+    assert tables.group_titles([one, one | {"clip": 1.0}]) == ["without clip", "clip=1"]
     assert tables.group_titles([one | {"epochs": 12}, one | {"max_steps": 0}]) == [
         "epochs=12", "max_steps=0",
     ]  # fmt: skip
     mlp = {"origin": "gradflow", "network": "mlp", "norm": "none", "activation": "relu"}
     own = {"origin": "external"}
     assert tables.group_titles([one, mlp, own]) == ["cifar", "mlp, norm=none", "a user's loop"]
+    assert tables.group_titles([own, own | {"lr": 0.1, "mine": "none"}, own | {"lr": 0.1}]) == [
+        "without lr, mine", "lr=0.1, mine=none", "lr=0.1",
+    ]  # fmt: skip
+    assert tables.group_titles([own, {"origin": "gradflow"}])[1] == "unknown network"
+
+
+def test_groups_of_one_size_come_in_the_order_of_their_titles_numbers(tmp_path):
+    for rate in (0.1, 1e-5, 0.02, 10.0):
+        report_store.write_run(tmp_path, 0.1, depth=8, skip="none", lr=rate)
+    _, frame = read(tmp_path)
+    titles = dict(zip(frame["group"], frame["title"], strict=True))
+    assert titles == {0: "lr=1e-05", 1: "lr=0.02", 2: "lr=0.1", 3: "lr=10"}
 
 
 def test_paired_differences_against_a_loop(tmp_path):
@@ -333,6 +345,30 @@ def test_a_group_where_all_diverged_is_compared_too(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("plain", "residual", "told"),
+    [
+        ((0.5, 0.7, 0.6), (0.1, 0.2, 0.1),
+         "the training error of residual networks is lower than that of plain ones by "
+         "0.467 ± 0.143 (3 seeds)."),
+        ((0.5, 0.1), (0.3, 0.1), "the training error of plain networks minus that of residual ones "
+         "is +0.100 ± 1.271 (2 seeds): no difference is shown."),
+        ((0.5,), (0.3,), "the training error of plain networks minus that of residual ones is "
+         "+0.200 (one seed)."),
+        ((0.5, 0.5), (0.5, 0.5),
+         "the training error of residual networks is that of plain ones (+0.000 (2 seeds agree))."),
+    ],
+)  # fmt: skip
+def test_a_difference_is_claimed_where_its_interval_shows_it(tmp_path, plain, residual, told):
+    for skip, errors in (("none", plain), ("identity", residual)):
+        for seed, error in enumerate(errors):
+            report_store.write_run(tmp_path, error, depth=14, skip=skip, seed=seed)
+    runs, frame = read(tmp_path)
+    assert captions.answers(*answered(frame, tables.pairs(runs, frame)))[-1] == (
+        f"At depth 14 {told}"
+    )
+
+
 def test_a_pair_that_is_not_matched_gives_no_difference(tmp_path):
     report_store.write_run(tmp_path, 0.5, depth=20, skip="none", seed=0)
     report_store.write_run(tmp_path, 0.1, depth=20, skip="identity", seed=0, batches="other")
@@ -369,7 +405,7 @@ def test_certificates(tmp_path):
     assert against(parameters={"c": "1"}) == "not matched: initial parameter names differ"
     assert against(batches="z") == "not matched: batches differ"
     assert against(data="z") == "not matched: data differ"
-    assert against(batches=None) == "no certificate: unfinished"
+    assert against(batches=None) == "no certificate: rezero unfinished"
     assert against(parameters=None) == "no certificate"
 
 
@@ -379,7 +415,10 @@ def test_every_kind_of_run_is_told_as_what_it_is(tmp_path):
     rows = {(r["arm"], r["depth"], r["seed"]): r for r in frame.to_dict("records")}
     diverged = rows["plain", 56, 3]
     assert diverged["outcome"] == "diverged at step 5: output_rms not finite in conv1"
-    assert diverged["match"] == "not matched: batches differ (6 and 12 steps)"
+    assert diverged["match"] == (
+        "no certificate: initial parameters are equal; batches cannot be compared, as plain "
+        "diverged"
+    )
     assert math.isnan(diverged["train_error"])
     assert rows["plain", 20, 4]["outcome"] == "unfinished: its process is gone"
     assert rows["plain", 20, 4]["steps"] is None
@@ -529,6 +568,22 @@ def test_rates_over_seeds_in_words(tmp_path):
     assert words.loc["identity", "rate"] == "–"
     assert words.loc["identity", "trend"] == "no exponential fits"
     assert words.loc["identity", "first_last"] == tables.short(55**0.7)
+
+
+def test_what_has_no_ratio_is_no_number(tmp_path):
+    for seed, skip in ((0, "none"), (0, "identity"), (1, "none")):
+        report_store.write_run(tmp_path, depth=8, skip=skip, seed=seed)
+    rates = tables.rates(
+        tables.profile(load_runs(tmp_path).weights("weight_grad_norm"))
+        .query("step == 0")
+        .assign(arm=lambda f: f["skip"].astype(object))
+    )
+    lost = rates["arm"].eq("identity")
+    words = tables.rate_words(rates.assign(first_last=rates["first_last"].mask(lost, math.nan)))
+    assert captions.ratios(words) == (
+        f"Norm at the first convolution over that at the last: depth 8 – (identity), "
+        f"{tables.short(1.21**6)} (none)."
+    )
 
 
 # --- two runs -------------------------------------------------------------------------------------

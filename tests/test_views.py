@@ -136,7 +136,7 @@ def test_a_run_without_layers_has_no_view(tmp_path):
     ],
 )
 def test_an_answer_needs_an_interval_to_one_side_of_zero(found, sign):
-    assert verdicts.sign(found) == sign
+    assert found.sign == sign
 
 
 def test_the_effect_of_depth_is_paired_by_seed(runs):
@@ -176,6 +176,7 @@ def table_of(*rows):
         group=0,
         match="",
         status=lost.map({True: "diverged", False: "done"}),
+        outcome=lost.map({True: "diverged at step 3: loss not finite", False: "done"}),
         run=labels,
         run_id=labels,
     )
@@ -194,7 +195,21 @@ def test_where_the_deepest_diverged_no_lesser_depth_answers_for_them():
         (card,) = verdicts.cards(table_of(*rows), pd.DataFrame(), pd.DataFrame())
         assert card.word == word
         assert card.because.endswith(end)
-    assert verdicts.cards(table_of(*lost), pd.DataFrame(), pd.DataFrame()) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "word", "because"),
+    [
+        ([("plain", 8, 0, None)], "1 of 1 diverged", "diverged at step 3: loss not finite."),
+        ([("unnamed", None, 0, None), ("unnamed", None, 1, 0.1)], "1 of 2 diverged",
+         "diverged at step 3: loss not finite."),
+        ([("plain", 8, 0, None), ("plain", 8, 1, None)], "2 of 2 diverged",
+         "plain, depth 8: 2 of 2 diverged."),
+    ],
+)  # fmt: skip
+def test_what_diverged_is_counted_where_no_other_card_does(rows, word, because):
+    cards = verdicts.cards(table_of(*rows), pd.DataFrame(), pd.DataFrame())
+    assert cards == [Card("Did training stay finite?", word, because, "hurts")]
 
 
 def test_a_pair_of_which_one_run_diverged_is_told():

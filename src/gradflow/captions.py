@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -33,15 +33,25 @@ def answers(lines: pd.DataFrame, gains: pd.DataFrame, lost: pd.DataFrame) -> lis
         errors = [f"{row['text']} at depth {row['depth']}" for _, row in ends.iterrows()]
         told.append(f"Final training error of {arm} networks: {', '.join(errors)}.")
     for arm, part in _training(gains):
-        last = part.iloc[-1]
-        way = "lower" if last["mean"] > 0 else "higher"
-        gap = f"{way} than that of plain ones by {str(last['text']).lstrip('+-')}"
-        gap = gap if last["mean"] else f"that of plain ones ({last['text']})"
-        told.append(f"At depth {last['depth']} the training error of {arm} networks is {gap}.")
+        told.append(_compared(arm, part.iloc[-1]))
     for arm in _plain_first(lost["arm"]):
         counts = [f"{r['text']} at depth {r['depth']}" for r in _rows(lost[lost["arm"] == arm])]
         told.append(f"Of {arm} networks {', '.join(counts)}: these have no final error.")
     return told or ["No run of this group has a final training error."]
+
+
+def _compared(arm: str, gain: pd.Series) -> str:
+    """An arm's training error and the plain one: which is lower, where the interval shows it."""
+    found, text = tables.Interval(gain["mean"], gain["half"], gain["seeds"]), str(gain["text"])
+    where = f"At depth {gain['depth']} the training error of"
+    if found.mean == 0 and found.agree:
+        return f"{where} {arm} networks is that of plain ones ({text})."
+    if found.sign:
+        way = "lower" if found.sign > 0 else "higher"
+        by = text.lstrip("+-")
+        return f"{where} {arm} networks is {way} than that of plain ones by {by}."
+    shown = "" if found.seeds == 1 else ": no difference is shown"
+    return f"{where} plain networks minus that of {arm} ones is {text}{shown}."
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[Any, Any]]:
@@ -64,23 +74,33 @@ def ratios(words: pd.DataFrame) -> str:
     Args:
         words: `tables.rate_words` of one moment.
     """
-    kinds = {"conv": "convolution", "linear": "linear layer"}
     parts = []
     for key, part in words.groupby("depth", sort=True, dropna=False):
         where = "" if pd.isna(key) else f"depth {key!s} "
-        means = [f"{row['first_last'].split(' ')[0]} ({row['arm']})" for _, row in part.iterrows()]
+        ends = part["first_last"].str.partition(" (")[0]  # without the range over seeds
+        means = [f"{end} ({arm})" for end, arm in zip(ends, part["arm"], strict=True)]
         parts.append(f"{where}{', '.join(means)}")
-    kind = kinds.get(words["kind"].iloc[0], "layer")
-    return f"Norm at the first {kind} over that at the last: {'; '.join(parts)}."
+    return f"Norm at the first {kind_of(words)} over that at the last: {'; '.join(parts)}."
+
+
+def kind_of(words: pd.DataFrame) -> str:
+    """What the layers are whose first and last `tables.rates` compares: of one kind in a run."""
+    kinds = {"conv": "convolution", "linear": "linear layer"}
+    found = [name for kind, name in kinds.items() if (words["kind"] == kind).any()]
+    return " or ".join(found) or "layer"
 
 
 def marks(values: pd.Series) -> str:
     """Names exact zeros and non-finite values in what is drawn, if there are any."""
     known = values.to_numpy(dtype=float, na_value=np.nan)
     zeros, infinite = int((known == 0).sum()), int((~np.isfinite(known)).sum())
-    words = [f"{zeros} values are exactly zero"] * bool(zeros)
-    words += [f"{infinite} are NaN or Inf"] * bool(infinite)
+    words = [f"{zeros} {_be(zeros)} exactly zero"] * bool(zeros)
+    words += [f"{infinite} {_be(infinite)} NaN or Inf"] * bool(infinite)
     return f" Of {known.size} values drawn {' and '.join(words)}." if words else ""
+
+
+def _be(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def crosses(lost: pd.DataFrame) -> str:
@@ -100,8 +120,8 @@ def aside(profiles: pd.DataFrame) -> str:
     if not layers:
         return ""
     return (
-        f" {layers} modules of the skips' path, or of one arm alone, are left out, so that the "
-        "arms line up; they are in the table of profiles."
+        f" {tables.counted(layers, 'module')} of the skips' path, or of one arm alone, "
+        f"{_be(layers)} left out, so that the arms line up; the table of profiles has all."
     )
 
 
@@ -186,10 +206,13 @@ def reservations(diagnoses: pd.DataFrame) -> list[str]:
     remarks = list(dict.fromkeys(filter(None, diagnoses["remarks"])))
     lines = [f"No trouble: {remark}." for remark in remarks[:_REMARKS]]
     if len(remarks) > _REMARKS:
-        lines.append(f"{len(remarks) - _REMARKS} more remarks of this kind are in diagnoses.csv.")
+        more = tables.counted(len(remarks) - _REMARKS, "more remark")
+        lines.append(f"In diagnoses.csv: {more} of this kind.")
     names = dict.fromkeys(", ".join(filter(None, diagnoses["unmeasured"])).split(", "))
     told = ", ".join(filter(None, names))
-    return [*lines, f"What not every record here can tell: {told}."] if told else lines
+    if not told:
+        return lines
+    return [*lines, f"Not looked for in every record here, for want of what tells of it: {told}."]
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -231,7 +254,7 @@ def _ending(run: Run) -> str:
     steps, seconds, values = run.record.get("steps"), run.record.get("seconds"), run.metrics
     line = tables.outcome(run)
     if steps is not None:
-        line += f": {steps} updates" if run.status == "done" else f"; {steps} updates"
+        line += f"{':' if run.status == 'done' else ';'} {tables.counted(steps, 'update')}"
     if seconds is not None:
         line += f" in {seconds:.0f} s" if seconds >= 10 else f" in {seconds:.1f} s"
     for split, words in (("train", "training"), ("test", "test")):
@@ -253,24 +276,56 @@ _CONDITIONS = {
     "lr": "learning rate {}", "schedule": "{} schedule", "milestones": "milestones {}",
     "warmup": "{} steps of warm-up", "warmup_lr": "at {}", "weights_digest": "weights {}",
     "clip": "clipped at {}", "precision": "{}",
-    "epochs": "{} epochs", "steps": "{} updates", "seed": "seeds {}",
+    "epochs": "{} epoch{s}", "updates": "{} update{s}{lost}", "seed": "seed{s} {}",
 }  # fmt: skip
-_SHORT = ("network", "data", "batch_size", "lr", "schedule", "steps", "seed")
+_SHORT = ("network", "data", "batch_size", "lr", "schedule", "updates", "seed")
 _UNREMARKABLE = {"accumulate": 1, "warmup": 0, "precision": "fp32"}
 
 
 def conditions(members: Iterable[Run], *, short: bool = False) -> str:
     """Under which conditions some runs were made, from their specs; `short` as a caption needs."""
-    rows = [run.columns() | {"steps": run.record.get("steps")} for run in members]
+    runs = list(members)
+    rows = [run.columns() | {"updates": _planned(run)} for run in runs]
     parts = []
     for key, words in _CONDITIONS.items():
         values = {row.get(key) for row in rows} - {None, _UNREMARKABLE.get(key)}
         if values and (not short or key in _SHORT):
-            text = words.format(_listed(values))
-            parts.append(text.replace("seeds", "seed") if len(values) == 1 else text)
-    if any(run.record.get("origin") == "external" for run in members):
+            one = len(values) == 1 if key == "seed" else values == {1}
+            parts.append(words.format(_listed(values), s="" if one else "s", lost=_lost(runs)))
+    if any(run.record.get("origin") == "external" for run in runs):
         parts.append("a user's own loop")
     return ", ".join(parts)
+
+
+def _planned(run: Run) -> int | None:
+    """The updates of the whole run, where they are known: one that diverged made fewer."""
+    if run.status == "done":
+        return run.record.get("steps")
+    if run.record.get("origin") != "gradflow" or unreadable(run):
+        return None
+    spec = RunSpec.from_dict(run.spec)
+    size = spec.data.train_size
+    return None if spec.max_steps is None and size is None else spec.updates(size or 0)
+
+
+def _lost(runs: Sequence[Run]) -> str:
+    """` (diverged after 4)`, ` (2 of 3 diverged, after 4 and 6)`; or nothing."""
+    lost = [run for run in runs if run.status == "diverged"]
+    if not lost:
+        return ""
+    count = f"{len(lost)} of {len(runs)} diverged," if len(runs) > 1 else "diverged"
+    return f" ({count} after {_listed({run.record.get('steps', 0) for run in lost})})"
+
+
+def unreadable(run: Run) -> str:
+    """What is wrong with the spec of a run of gradflow's own, if anything is."""
+    if run.record.get("origin") != "gradflow":
+        return ""
+    try:
+        RunSpec.from_dict(run.spec)
+    except (SpecError, TypeError) as error:
+        return str(error)
+    return ""
 
 
 def _listed(values: Iterable[Any]) -> str:
@@ -295,11 +350,16 @@ def environment(run: Run) -> str:
     parts = [f"{name} {version}" for name, version in names if version]
     parts += [str(place["platform"])] if place.get("platform") else []
     if place.get("device"):
-        parts.append(f"{place['device']}, {place.get('threads')} thread(s)")
+        parts.append(", ".join([str(place["device"]), *_threads(place)]))
     git = place.get("git") or {}
     if git.get("commit"):
         parts.append(f"commit {git['commit'][:10]}{', with changes' if git.get('dirty') else ''}")
     return "; ".join([*parts, *tables.other_circumstances(run)]) or "not recorded"
+
+
+def _threads(place: Mapping[str, Any]) -> list[str]:
+    count = place.get("threads")
+    return [] if count is None else [tables.counted(count, "thread")]
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -314,20 +374,23 @@ def commands(members: Iterable[Run]) -> list[str]:
     for run in members:
         if run.record.get("origin") != "gradflow":
             continue
-        try:
-            spec = RunSpec.from_dict(run.spec)
-        except (SpecError, TypeError):  # of a version with other keys
+        if unreadable(run):  # of a version with other keys
             continue
-        named = _named(spec, known)
+        named = _named(RunSpec.from_dict(run.spec), known)
         fixed = tuple(f"{key}={text}" for key, text in named.items() if key not in _SWEPT)
         groups.setdefault(fixed, []).append({key: named[key] for key in _SWEPT if key in named})
     lines = []
     for fixed, asked in groups.items():
-        for row in _as_sweeps(asked):
+        for row in _as_sweeps(sorted(asked, key=_in_numbers)):
             many = ["-m"] if any("," in text for text in row.values()) else []
             words = [*(f"{key}={text}" for key, text in row.items()), *fixed]
             lines.append(shlex.join(["python", "-m", "gradflow", *many, *words]))
     return list(dict.fromkeys(lines))
+
+
+def _in_numbers(row: Mapping[str, str]) -> list[int]:
+    """By which depths and seeds ascend, and skips stay as they come."""
+    return [int(row[key]) if row.get(key, "").isdecimal() else 0 for key in _SWEPT]
 
 
 def _as_sweeps(asked: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -73,6 +73,15 @@ def _pair_button(card: Card) -> str:
     return f'<button type="button" data-show-a="{a}" data-show-b="{b}">Look at this pair</button>'
 
 
+_SHORT, _LINES = 16, 6
+
+
+def _look(text: object) -> str:
+    """Of a table's cell: a short text is one line, a long one wide enough for a few."""
+    length = len(re.sub(r"<[^>]*>", "", str(text)) if isinstance(text, Html) else str(text))
+    return f' class="long" style="min-width:{length // _LINES}ch"' if length > _SHORT else ""
+
+
 class Page:
     """Collects a page's sections, and writes its figures and tables beside it.
 
@@ -128,7 +137,7 @@ class Page:
         """A table as it stands; `numbers` are columns to be right-aligned."""
 
         def cell(tag: str, name: str, text: object) -> str:
-            side = ' class="number"' if name in numbers else ""
+            side = ' class="number"' if name in numbers else "" if tag == "th" else _look(text)
             scope = ' scope="col"' if tag == "th" else ""
             return f"<{tag}{side}{scope}>{html(text)}</{tag}>"
 
@@ -220,12 +229,18 @@ class Page:
         (self.directory / name).write_text(page, encoding="utf-8")
 
 
+_POINTS = 9.6
+"""Of a figure's width, to a rem: its text is as large as the page's, whatever its panels."""
+
+
 def _figure(name: str, files: Mapping[str, bytes], alt: str, caption: str) -> str:
     image = base64.b64encode(files["svg"]).decode()
     links = ", ".join(link(f"figures/{name}.{kind}", kind.upper()) for kind in files)
+    width = re.search(rb'<svg[^>]* width="([0-9.]+)pt"', files["svg"])
+    look = f' style="--own:{float(width[1]) / _POINTS:.1f}rem"' if width else ""
     return (
         f'<figure id="figure-{name}"><div class="wide">'
-        f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{image}"></div>'
+        f'<img alt="{escape(alt)}"{look} src="data:image/svg+xml;base64,{image}"></div>'
         f"<figcaption>{escape(caption)} ({links})</figcaption></figure>"
     )
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 
@@ -134,6 +134,9 @@ def distinct(runs: Runs) -> tuple[list[Run], list[str]]:
     """The runs that are compared and shown, each once, and what is passed over."""
     seen: dict[str, Run] = {}
     problems = list(runs.problems)
+    for run in runs:
+        if why := captions.unreadable(run):
+            problems.append(f"{run.path}/spec.json: not a spec of this version's ({why})")
     for run in (run for run in runs if not _is_probe(run)):
         first = seen.setdefault(run.run_id, run)
         if first is not run:
@@ -289,7 +292,8 @@ def _subtitle(found: Material, probes: str) -> str:
     counts = pd.Series([run.status for run in found.members]).value_counts()
     places = dict.fromkeys(str(run.path.parent) for run in found.members)
     states = ", ".join(f"{count} {status}" for status, count in counts.items())
-    runs = f"{len(found.members)} runs in {', '.join(places)} ({states})" if places else ""
+    counted = tables.counted(len(found.members), "run")
+    runs = f"{counted} in {', '.join(places)} ({states})" if places else ""
     made = f"report of {time.strftime('%Y-%m-%d %H:%M')}"
     told = [runs, _probe_words(found.probes, probes), made]
     return "; ".join(filter(None, told))
@@ -467,7 +471,7 @@ def _stories(page: Page, group: Material) -> None:
         page.text("What led to the step at which a run went wrong, by its last steps:", note=True)
         page.items(lines[:_STORIES])
     if len(lines) > _STORIES:
-        page.text(f"{len(lines) - _STORIES} more are in stories.csv.", note=True)
+        page.text(f"In stories.csv: {len(lines) - _STORIES} more.", note=True)
 
 
 def _profile_section(
@@ -526,7 +530,11 @@ def _rate_columns(words: pd.DataFrame) -> pd.DataFrame:
     if words["step"].nunique() > 1:  # where some runs ended earlier
         names["step"] = "after updates"
     names["rate"] = "a layer toward the input"
-    names |= {"trend": "trend", "fits": "seeds with a rate", "first_last": "first/last layer"}
+    names |= {
+        "trend": "trend",
+        "fits": "seeds with a rate",
+        "first_last": f"first/last {captions.kind_of(words)}",
+    }
     names |= {name: name.replace("_", "-") for name in ("zeros", "non_finite") if words[name].any()}
     depth = words["depth"].astype(object).where(words["depth"].notna(), "–")
     return words.assign(depth=depth)[list(names)].rename(columns=names)
@@ -635,7 +643,7 @@ def _run_section(page: Page, found: Material) -> None:
     page.text(
         "Diagnosis of the first recorded step, and of the last where it differs. Certificate of "
         "the run's pair: matched is equal initial parameters, batches and data, by digest. "
-        "Recorder: its share of the run's time. Accuracies at the end, evaluation mode.",
+        "Recorder: its share of the training loop's time. Accuracies at the end, evaluation mode.",
         note=True,
     )
 
@@ -659,7 +667,7 @@ def _condition_section(page: Page, groups: list[Material]) -> None:
         words = captions.environment(run)
         environments[words] = environments.get(words, 0) + 1
     page.heading("Environment")
-    page.items([f"{count} runs: {words}" for words, count in environments.items()])
+    page.items([f"{tables.counted(n, 'run')}: {words}" for words, n in environments.items()])
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -674,10 +682,11 @@ def text_report(runs: Runs) -> str:
     members, problems = distinct(runs)
     probes = _probe_words(list(filter(_is_probe, runs)), "python -m analysis makes their atlas")
     if len(members) > TOLD_RUNS:
-        rest = f"{len(members):,} runs: python -m analysis tells what the gradient did in each"
+        told = "python -m gradflow.report RUNS tells what the gradient did in each"
+        rest = f"{len(members):,} runs: {told}"
         open_ends = [run for run in members if run.status not in FINISHED]
         lines = [f"{run.path.name}: {tables.outcome(run)}" for run in open_ends]
-        last = "\n".join([*lines, *runs.problems])
+        last = "\n".join([*lines, *problems])
         return "\n\n".join(filter(None, [probes, comparison(runs), rest, last]))
     if not members and probes:
         return "\n\n".join(filter(None, [probes, "\n".join(problems)]))
@@ -717,7 +726,7 @@ def _print_text(places: Sequence[str]) -> None:
     runs = load_runs(*places)
     standing = status.text(runs, places)
     if len(runs) or not standing:
-        _check_any(runs, places)
+        check_any(runs, places)
         standing = "\n\n".join(filter(None, [standing, text_report(runs)]))
     try:
         print(standing, flush=True)
@@ -725,10 +734,25 @@ def _print_text(places: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _check_any(runs: Runs, places: Sequence[str]) -> None:
+def check_any(runs: Runs, places: Sequence[str]) -> None:
+    """Raises GradflowError where there is no run."""
     if not len(runs):
         where = ", ".join(places)
         raise GradflowError("; ".join([f"{where}: no runs that can be read", *runs.problems]))
+
+
+def _check_apart(out: str, places: Sequence[str]) -> None:
+    """A report that lies in a store would be looked through for runs, and named as having none."""
+    path = Path(out).resolve()
+    for place in places:
+        if Path(place).resolve() in (path, *path.parents):
+            raise GradflowError(f"--out {out}: lies in {place}, among the runs; name another place")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as all that goes wrong here is."""
+        raise GradflowError(f"{message}; --help lists what there is")
 
 
 def main(
@@ -741,7 +765,18 @@ def main(
     Args:
         findings: loads the published findings, by id, whose atlas is part of the report.
     """
-    parser = argparse.ArgumentParser(prog=prog, description="A report over recorded runs.")
+    try:
+        return _report(_options(argv, prog), findings)
+    except GradflowError as error:
+        print(f"gradflow: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gradflow: interrupted", file=sys.stderr)
+        return 130
+
+
+def _options(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = _Parser(prog=prog, description="A report over recorded runs.")
     parser.add_argument(
         "runs", nargs="*", default=["runs"], metavar="RUNS", help="stores or single runs (runs)"
     )
@@ -756,29 +791,27 @@ def main(
     )
     options = parser.parse_args(argv)
     if options.text and options.serve:
-        parser.error("--text and --serve: one of them")
+        raise GradflowError("--text and --serve: one of them")
+    return options
+
+
+def _report(options: argparse.Namespace, findings: Callable[[], Mapping[str, Finding]]) -> int:
+    if options.text:
+        _print_text(options.runs)
+        return 0
+    _check_apart(options.out, options.runs)
 
     def make() -> tuple[Material, list[atlas.Entry], Path]:
         runs = load_runs(*options.runs)
-        _check_any(runs, options.runs)
+        check_any(runs, options.runs)
         entries = _entries(runs, findings().values())
         found, page = _make(runs, options.out, entries)
         return found, entries, page
 
-    try:
-        if options.text:
-            _print_text(options.runs)
-            return 0
-        if options.serve:
-            where = {"host": options.host, "port": options.port}
-            return serve.serve(options.runs, options.out, lambda: make()[-1], **where)
-        found, entries, page = make()
-    except GradflowError as error:
-        print(f"gradflow: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("gradflow: interrupted", file=sys.stderr)
-        return 130
+    if options.serve:
+        where = {"host": options.host, "port": options.port}
+        return serve.serve(options.runs, options.out, lambda: make()[-1], **where)
+    found, entries, page = make()
     for line in found.problems:
         print(f"passed over: {line}", file=sys.stderr)
     print(_comparison_text(found.compared), end="\n\n")

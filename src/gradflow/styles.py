@@ -29,8 +29,28 @@ LABELS = {
     "update_norm": "L2 norm of the update",
     "output_rms": "RMS of the output",
     "output_grad_norm": "L2 norm of the output's gradient (loss / output)",
+    "branch_rms": "RMS of the branch's term",
+    "skip_rms": "RMS of the skip's term",
+    "branch_grad_norm": "L2 norm of the branch's gradient (loss / output)",
+    "skip_grad_norm": "L2 norm of the gradient through the skip (loss / output)",
+    "update_ratio": "L2 norm of the update over that of the weights",
+    "grad_max": "largest absolute weight gradient (loss / parameter)",
+    "grad_nonfinite": "NaN or Inf in the weight gradient (elements)",
+    "grad_zeros": "exact zeros in the weight gradient (share)",
+    "grad_subnormals": "subnormal numbers in the weight gradient (share)",
+    "grad_cosine": "cosine of the weight gradient and that of the step before",
+    "noise_scale": "gradient noise scale (backward passes)",
+    "grad_rank": "effective rank of the weight gradient",
+    "output_max": "largest absolute output",
+    "output_nonfinite": "NaN or Inf in the output (elements)",
+    "output_spread": "what differs between samples, of the output's mean square (share)",
+    "output_grad_zeros": "exact zeros in the output's gradient (share)",
+    "output_grad_subnormals": "subnormal numbers in the output's gradient (share)",
+    "dead_units": "units that no gradient comes through (share)",
+    "branch_x_grad_norm": "L2 norm of the gradient not through the skip (loss / output)",
+    "x_grad_cosine": "cosine of the gradients through the skip and not",
 }
-"""What figures and the page call the quantities that they are most about."""
+"""What figures and the page call the quantities: what is taken, of what, and its unit."""
 
 
 def label(quantity: str) -> str:

@@ -93,7 +93,8 @@ def group_titles(keys: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _family(key: Mapping[str, Any]) -> str:
-    return "a user's loop" if key.get("origin") == "external" else str(key.get("network"))
+    own = key.get("origin") == "external"
+    return "a user's loop" if own else str(key.get("network") or "unknown network")
 
 
 def _differing(key: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
@@ -101,24 +102,29 @@ def _differing(key: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> s
     differ = [n for n in names if len({_text(other.get(n)) for other in others}) > 1]
 
     def title(one: Mapping[str, Any], nulls: bool) -> str:
-        shown = [name for name in differ if nulls or one.get(name) is not None]
-        return ", ".join(f"{name}={_text(one.get(name))}" for name in shown)
+        named = [f"{name}={_text(one[name])}" for name in differ if one.get(name) is not None]
+        lacks = ", ".join(name for name in differ if one.get(name) is None)
+        return ", ".join([*named, *[f"without {lacks}"] * bool(nulls and lacks)])
 
     short = title(key, nulls=False)
     clear = short and [title(other, nulls=False) for other in others].count(short) == 1
     return short if clear else title(key, nulls=True)
 
 
+def _natural(text: str) -> list[str | float]:
+    """By what texts are sorted, their numbers as numbers."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
+    return [float(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
 def _unusual(key: Mapping[str, Any]) -> str:
-    name = str(key.get("network"))
+    name = _family(key)
     usual = RunSpec(network=name).columns() if name in NETWORKS and name != "custom" else {}  # type: ignore[arg-type]
     shown = {n: v for n, v in key.items() if v is not None and v != usual.get(n)}
     return ", ".join(f"{n}={_text(v)}" for n, v in shown.items() if n not in ("origin", "network"))
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -136,17 +142,16 @@ def _whole(value: Any) -> int | None:
 def overview(runs: Runs) -> pd.DataFrame:
     """One row a run: group, depth, arm, seed, how it ended, its cost, its final metrics.
 
-    `group` numbers the sets of runs that may be compared, that of most results first; `title` says
-    in which keys they differ. Errors are 1 − accuracy of a run that is `done`, and NaN otherwise;
-    `train_error` comes from an evaluation-mode pass over the whole training split. `match` is the
-    certificate of the run's pair (see `match`).
+    `group` numbers the sets of runs that may be compared, that of most results first, equal ones by
+    their titles; `title` says in which keys they differ. Errors are 1 − accuracy of a run that is
+    `done`, and NaN otherwise; `train_error` comes from an evaluation-mode pass over the whole
+    training split. `match` is the certificate of the run's pair (see `match`).
     """
     if not len(runs):
         return pd.DataFrame()
     keys = [_remaining(run) for run in runs]
     labels = [json.dumps(key, sort_keys=True, default=str) for key in keys]
-    finals = [label for label, run in zip(labels, runs, strict=True) if run.metrics]
-    order = sorted(set(labels), key=lambda x: (-finals.count(x), -labels.count(x), labels.index(x)))
+    order = _largest_first(labels, keys, runs)
     titles = group_titles([keys[labels.index(label)] for label in order])
     rows = []
     for run, label in zip(runs, labels, strict=True):
@@ -182,6 +187,20 @@ def overview(runs: Runs) -> pd.DataFrame:
     for index, newer in older.items():
         frame.loc[index, "match"] = f"not compared: repeated by {newer}"
     return frame
+
+
+def _largest_first(
+    labels: Sequence[str], keys: Sequence[Mapping[str, Any]], runs: Runs
+) -> list[str]:
+    """The groups' labels: of most results, then of most runs, then by what sets them apart."""
+    distinct = list(dict.fromkeys(labels))
+    titles = group_titles([keys[labels.index(label)] for label in distinct])
+    finals = [label for label, run in zip(labels, runs, strict=True) if run.metrics]
+    ranks = {
+        label: (-finals.count(label), -labels.count(label), _natural(title))
+        for label, title in zip(distinct, titles, strict=True)
+    }
+    return sorted(distinct, key=ranks.__getitem__)
 
 
 def _column(name: str, values: list[Any]) -> pd.Series:
@@ -235,13 +254,19 @@ def match(first: Run, second: Run) -> str:
 
     `matched`: all initial parameters, the batches really consumed and the data are the same, by
     digest. `matched on shared parameters (+n …)`: one arm has parameters of its own besides.
-    `not matched: …` says why; `no certificate`: one is a user's own loop, or not finished.
+    `not matched: …` says why; `no certificate`: one is a user's own loop. `no certificate: …`: one
+    is not finished, or diverged, and so has not seen the batches that the other has.
     """
     one, two = (run.record.get("certificate") or {} for run in (first, second))
     if not all(c.get("parameters") for c in (one, two)):
         return "no certificate"
-    if not all(c.get(key) for c in (one, two) for key in ("batches", "data")):
-        return "no certificate: unfinished"
+    lacking = [
+        arm(run.columns())
+        for run, certificate in zip((first, second), (one, two), strict=True)
+        if not (certificate.get("batches") and certificate.get("data"))
+    ]
+    if lacking:
+        return f"no certificate: {' and '.join(lacking)} unfinished"
     shared = one["parameters"].keys() & two["parameters"].keys()
     differ = sorted(name for name in shared if one["parameters"][name] != two["parameters"][name])
     if differ or not shared:
@@ -250,9 +275,7 @@ def match(first: Run, second: Run) -> str:
     if one["data"] != two["data"]:
         return "not matched: data differ"
     if one["batches"] != two["batches"]:
-        steps = [run.record.get("steps") for run in (first, second)]
-        why = f" ({steps[0]} and {steps[1]} steps)" if steps[0] != steps[1] else ""
-        return f"not matched: batches differ{why}"
+        return _other_batches(first, second)
     if not extras(first, second):
         return "matched"
     own = [
@@ -261,6 +284,20 @@ def match(first: Run, second: Run) -> str:
         if names
     ]
     return f"matched on shared parameters ({', '.join(own)})"
+
+
+def _other_batches(first: Run, second: Run) -> str:
+    """Why the digests of a pair's batches differ, where all else is the same."""
+    fewer, more = sorted((first, second), key=lambda run: run.record.get("steps") or 0)
+    made = [run.record.get("steps") for run in (fewer, more)]
+    if made[0] == made[1]:
+        return "not matched: batches differ"
+    if fewer.status != "diverged":
+        return f"not matched: batches differ ({made[0]} and {made[1]} updates)"
+    return (
+        "no certificate: initial parameters are equal; batches cannot be compared, as "
+        f"{arm(fewer.columns())} diverged"
+    )
 
 
 def extras(first: Run, second: Run) -> list[str]:
@@ -377,6 +414,14 @@ class Interval:
     def agree(self) -> bool:
         """Whether several seeds gave one and the same value."""
         return self.seeds > 1 and math.isnan(self.half) and math.isfinite(self.mean)
+
+    @property
+    def sign(self) -> int:
+        """1 or −1 where the interval lies above or below zero, else 0; of one seed always 0."""
+        if self.seeds < 2 or not math.isfinite(self.mean):
+            return 0
+        spread = 0.0 if self.agree else self.half
+        return int(self.mean - spread > 0) - int(self.mean + spread < 0)
 
     def words(self, sign: bool = False) -> str:
         """`0.889 ± 0.012 (3 seeds)`, `0.889 (one seed)`, `0.000 (3 seeds agree)`."""
@@ -920,8 +965,8 @@ def other_circumstances(run: Run) -> list[str]:
             changed[name] = (versions[0].get(name), versions[1].get(name))
         words = [f"{name} {old} → {new}" for name, (old, new) in changed.items() if old != new]
         if words:
-            updates = attempt.get("updates")
-            lines.append(f"gone on after {updates} updates with {', '.join(sorted(words))}")
+            made = counted(attempt.get("updates"), "update")
+            lines.append(f"gone on after {made} with {', '.join(sorted(words))}")
         before = here
     return lines
 
@@ -933,13 +978,18 @@ def ordered(arms: Iterable[str]) -> list[str]:
     return sorted(known, key=lambda name: (rank.get(name, len(rank)), name))
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 run`, `18 runs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def when(steps: ArrayLike) -> str:
     """A moment in words: `initialisation`, `after 263 updates`."""
     known = np.unique(np.asarray(steps, dtype=int))
     if known[-1] == 0:
         return "initialisation"
     first = f"{known[0]} to " if len(known) > 1 else ""
-    return f"after {first}{known[-1]} update{'s' if known[-1] > 1 else ''}"
+    return f"after {first}{counted(known[-1], 'update')}"
 
 
 def rate_words(frame: pd.DataFrame) -> pd.DataFrame:
@@ -971,6 +1021,6 @@ def _range(values: NDArray[np.float64], digits: int | None = None) -> str:
         return short(value) if digits is None or value < 0.01 else f"{value:.{digits}f}"
 
     if not (np.isfinite(values).all() and (values > 0).all()):
-        return ", ".join(dict.fromkeys(map(short, values)))
+        return ", ".join(dict.fromkeys("–" if np.isnan(v) else short(v) for v in values))
     low, mean, high = values.min(), float(np.exp(np.log(values).mean())), values.max()
     return show(mean) if show(low) == show(high) else f"{show(mean)} ({show(low)}–{show(high)})"

@@ -6,13 +6,12 @@ nothing was shown. One seed decides nothing.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 
 from gradflow import captions, diagnosis, tables
 from gradflow.page import Card
+from gradflow.store import FINISHED
 from gradflow.tables import Interval, interval
 
 HURTS, HELPS, NEITHER = "hurts", "helps", "neither"
@@ -21,7 +20,8 @@ LOST = "No pair has both final errors"
 
 
 def cards(overview: pd.DataFrame, pairs: pd.DataFrame, diagnoses: pd.DataFrame) -> list[Card]:
-    """What one group of comparable runs says of depth, of skips, and of the gradient at the start.
+    """What one group of comparable runs says of depth, of skips, and of the gradient at the start,
+    and how many diverged where none of these says it.
 
     Args:
         overview: `tables.overview` of the group; pairs: its `tables.pairs`; diagnoses: those of its
@@ -31,15 +31,8 @@ def cards(overview: pd.DataFrame, pairs: pd.DataFrame, diagnoses: pd.DataFrame) 
     arms = [arm for arm in every if arm != "unnamed"]
     depth = [card for arm in arms if (card := _of_depth(overview, arm))]
     skip = [card for arm in arms if (card := _of_skip(overview, pairs, arm))]
-    return [*depth, *skip, *_of_gradient(diagnoses, every)]
-
-
-def sign(found: Interval) -> int:
-    """1 or −1 where the interval lies above or below zero, else 0; of one seed always 0."""
-    if found.seeds < 2 or not math.isfinite(found.mean):
-        return 0
-    spread = 0.0 if found.agree else found.half
-    return int(found.mean - spread > 0) - int(found.mean + spread < 0)
+    told = [*depth, *skip]
+    return [*_of_divergence(overview, told), *told, *_of_gradient(diagnoses, every)]
 
 
 def _undecided(found: Interval) -> str:
@@ -76,7 +69,7 @@ def _of_depth(overview: pd.DataFrame, arm: str) -> Card | None:
         1: ("Yes: more training error", HURTS),
         -1: ("No: less training error", HELPS),
         0: (_undecided(found), NEITHER),
-    }[sign(found)]
+    }[found.sign]
     if len(beyond):
         word, kind = DEEPEST_LOST, NEITHER
     rests = f"training error {found.words(sign=True)} from depth {shallow} to {deep}"
@@ -97,7 +90,7 @@ def _of_skip(overview: pd.DataFrame, pairs: pd.DataFrame, arm: str) -> Card | No
         1: ("Yes: less training error", HELPS),
         -1: ("No: more training error", HURTS),
         0: (_undecided(found), NEITHER),
-    }[sign(found)]
+    }[found.sign]
     ids = dict(zip(overview["run"], overview["run_id"], strict=True))
     first = rows.iloc[0]
     rests = f"plain error minus {arm} error, depth {deep}: {found.words(sign=True)}"
@@ -115,6 +108,21 @@ def _diverged(overview: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
 
 def _told(lost: pd.DataFrame) -> str:
     return "; ".join(f"{row.arm}, depth {row.depth}: {row.text}" for row in lost.itertuples())
+
+
+def _of_divergence(overview: pd.DataFrame, told: list[Card]) -> list[Card]:
+    """How many runs diverged, unless the other cards count them all."""
+    compared = overview[~overview["match"].str.startswith("not compared")]
+    ended = compared[compared["status"].isin(FINISHED)]
+    lost = ended[ended["status"] == "diverged"]
+    counted = " ".join(card.because for card in told)
+    known = [_told(row) in counted for _, row in tables.diverged(overview).groupby(level=0)]
+    if lost.empty or (lost["depth"].notna().all() and all(known)):
+        return []
+    first = lost.iloc[0]
+    because = first["outcome"] if len(lost) == 1 else _told(tables.diverged(overview))
+    word = f"{len(lost)} of {len(ended)} diverged"
+    return [Card("Did training stay finite?", word, f"{because}.", HURTS)]
 
 
 def _of_gradient(diagnoses: pd.DataFrame, arms: list[str]) -> list[Card]:

@@ -35,6 +35,11 @@ def run_of(place, name):
     return next(run for run in load_runs(place / "runs") if run.run_id == run_id)
 
 
+def open_values(page):
+    page.locator("#values-box summary").click()
+    page.locator("#values tbody tr").first.wait_for()  # filled once the browser tells it is open
+
+
 def values_on(page):
     """The open table's rows: layer -> (A's number, B's)."""
     rows = page.locator("#values tbody tr").all()
@@ -62,7 +67,7 @@ def test_the_first_view_is_the_deepest_pair(visit, place):
 
 def test_numbers_equal_the_stores_at_every_step(visit, place):
     page = visit().page
-    page.locator("#values-box summary").click()
+    open_values(page)
     runs = [run_of(place, chosen(page, side)) for side in "ab"]
     frames = [run.frame("weights").set_index(["step", "layer"])[QUANTITY] for run in runs]
     steps = runs[0].steps_of("weights").tolist()
@@ -120,7 +125,7 @@ def test_a_cells_colour_is_its_values(visit, place):
 
 
 def values_of_first(page):
-    page.locator("#values-box summary").click()
+    open_values(page)
     return values_on(page)
 
 
@@ -140,6 +145,47 @@ def test_the_picker_finds_and_its_partner_follows(visit):
     assert chosen(page, "a") == "plain, depth 20, seed 0"
     page.locator("#linked").check()
     assert chosen(page, "b") == "residual, depth 20, seed 0"
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "every"),
+    [
+        ("3 plain", 1, "plain, depth 56, seed 3 (diverged)"),  # no digit of an id
+        ("56 res 1", 1, "residual, depth 56, seed 1"),
+        ("cifar-20-identity", 3, "residual, depth 20, seed"),
+        ("zzz", 0, "plain, depth 56, seed 0"),  # the chosen one is kept, and not counted
+    ],
+)
+def test_numbers_are_whole_words_and_others_begin_one(visit, words, count, every):
+    page = visit().page
+    total = page.locator("#a-run option").count()
+    page.locator("#a-filter").fill(words)
+    assert page.locator("#a-found").inner_text() == f"{count or 'none'} of {total}"
+    assert every in page.locator("#a-run option").all_inner_texts()[-1]
+
+
+def test_the_ends_of_a_profile_are_its_first_and_last_layer(visit):
+    page = visit().page
+    first = page.locator("#readout").inner_text().splitlines()[0]
+    ends = "35700 at conv1, 1 at fc, conv1 over fc 35700"  # 1.21^55
+    assert first == f"A: plain, depth 56, seed 0: {ends}"
+    page.locator("#a-run").select_option(label="plain, depth 56, seed 3 (diverged)")
+    expect(page.locator("#heat-a-title")).to_have_text("plain, depth 56, seed 3 (diverged)")
+    set_step(page, 5)
+    lost = page.locator("#readout").inner_text().splitlines()[0]
+    ends = "NaN at conv1, NaN at fc"
+    assert lost == f"A: plain, depth 56, seed 3: {ends}, NaN or Inf in 56 of 56"
+    groups = page.locator("#x-group option").all_inner_texts()
+    page.locator("#x-group").select_option(next(n for n in groups if n.startswith("mlp")))
+    expect(page.locator("#readout")).to_have_text(
+        "A: plain, depth 30, seed 0: 0 at layers.0, 1 at layers.29, exactly zero in 5 of 30"
+    )
+
+
+def test_steps_are_whole_numbers_on_every_axis(visit):
+    words = """id => { const { chart } = document.getElementById(id);
+        return chart.axes[0].values(chart, [0, 0.5, 1, 1000]); }"""
+    assert visit().page.evaluate(words, "loss") == ["0", "", "1", "1,000"]
 
 
 def test_runs_of_other_depths_are_compared_at_relative_depth(visit, place):
@@ -201,7 +247,7 @@ def test_quantities_and_families(visit):
         assert page.locator("#heat-b .uplot").count() == 1
     page.locator("#x-quantity").select_option("weights/weight_grad_norm")
     page.locator("#x-family").select_option("norm")
-    page.locator("#values-box summary").click()
+    open_values(page)
     assert all(".bn" in f".{layer}" for layer in values_on(page))
 
 

@@ -74,15 +74,23 @@
     $("unpaired").hidden = paired;
   }
 
+  // A number is a word of the run's, as a whole: ids are full of digits. Others begin one.
+  function fits(word, run) {
+    const text = `${longName(run)} ${run.diagnosis}`.toLowerCase();
+    const own = [...text.split(/[\s,;()]+/), run.name.toLowerCase(), run.id];
+    return own.some((one) => (/^\d+$/.test(word) ? one === word : one.startsWith(word)));
+  }
+
   function fillPicker(side) {
     const words = $(`${side}-filter`).value.toLowerCase().split(/\s+/).filter(Boolean);
-    const text = (run) => `${longName(run)} ${run.name} ${run.diagnosis}`.toLowerCase();
-    const found = members().filter((run) => words.every((word) => text(run).includes(word)));
+    const found = members().filter((run) => words.every((word) => fits(word, run)));
+    const count = found.length;
     const chosen = sides[side].run;
     if (chosen && !found.includes(chosen)) found.unshift(chosen);
     $(`${side}-run`).replaceChildren(...found.map((run) =>
       option(run.id, longName(run), chosen?.id)));
-    $(`${side}-found`).textContent = words.length ? `${found.length} of ${members().length}` : "";
+    $(`${side}-found`).textContent = words.length
+      ? `${count || "none"} of ${members().length}` : "";
     $(`${side}-about`).textContent = chosen ? about(chosen) : "";
   }
 
@@ -366,7 +374,8 @@
     $("loss-box").hidden = !lines.length;
     if (!lines.length) return;
     gradflow.lines($("loss"), { series: lines, xLabel: "step", yLabel: "",
-      height: 190, xWord: (v) => Math.round(v).toLocaleString("en"), at: () => steps[state.step] });
+      height: 190, xWord: (v) => (Number.isInteger(v) ? v.toLocaleString("en") : ""),
+      at: () => steps[state.step] });
     describe($("loss"), "Training loss by step; the dashed line is the slider's step.");
   }
 
@@ -403,14 +412,21 @@
     }));
   }
 
+  // The values of the first and the last layer that is shown, and their ratio where it says anything.
   function readOut(lines) {
     $("readout").textContent = lines.map(({ label: name, layers, y }) => {
-      const known = y.map((v, i) => [v, i]).filter(([v]) => Number.isFinite(v) && v !== 0);
-      if (!known.length) return `${name}: nothing finite above zero`;
-      const [first, last] = [known[0], known.at(-1)];
-      return `${name}: ${gradflow.number(first[0])} at ${layers[first[1]].name}, ${
-        gradflow.number(last[0])} at ${layers[last[1]].name}, first over last ${
-        gradflow.number(first[0] / last[0])}`;
+      const ends = layers.length > 1 ? [0, layers.length - 1] : [0];
+      const told = ends.map((i) => `${gradflow.number(y[i])} at ${layers[i].name}`);
+      const [first, last] = ends.map((i) => y[i]);
+      if (shown.log && [first, last].every((v) => Number.isFinite(v) && v > 0)) {
+        told.push(`${layers[0].name} over ${layers.at(-1).name} ${gradflow.number(first / last)}`);
+      }
+      const counts = [
+        ["NaN or Inf", y.filter((v) => v !== undefined && !Number.isFinite(v)).length],
+        ["exactly zero", shown.log ? y.filter((v) => v === 0).length : 0],
+      ].filter(([, count]) => count);
+      told.push(...counts.map(([words, count]) => `${words} in ${count} of ${layers.length}`));
+      return `${name}: ${told.join(", ")}`;
     }).join("\n");
   }
 
