@@ -119,6 +119,8 @@ def test_help_explains_every_key():
         ):
             assert f"\n  {name} " in shown, name
     assert max(map(len, shown.splitlines())) <= 100
+    assert "python -m gradflow.report runs " in shown
+    assert "python -m analysis" not in shown  # it is no part of the wheel
 
 
 def test_help_and_bad_values_load_neither_torch_nor_lightning(command):
@@ -251,6 +253,19 @@ def test_what_shows_something_shows_it_and_runs_nothing(
     assert shown in done.stdout
     assert not done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--info defaults", "--cfg job", "--version"])
+def test_a_reader_who_leaves_early_is_no_error(tmp_path, arguments):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradflow", *arguments.split()],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert err == ""
+    assert process.returncode == 0
 
 
 def test_the_shell_completes_keys_and_presets(monkeypatch, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import logging
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from typing import Any
 
 from gradflow import __version__
 from gradflow.errors import GradflowError, SpecError
-from gradflow.interrupt import Interrupt
+from gradflow.interrupt import Interrupt, reader_may_leave
 from gradflow.spec import Execution, RunSpec
 
 INTERRUPTED = 130
@@ -46,7 +47,13 @@ _SHORT = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-p": "--package", "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m gradflow`: one run, or with -m a sweep. Returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    code = 0
+    with reader_may_leave():
+        code = _main(list(sys.argv[1:] if arguments is None else arguments))
+    return code
+
+
+def _main(given: list[str]) -> int:
     if {"-h", "--help"} & set(given):
         from gradflow.help import text
 
@@ -99,6 +106,8 @@ def _configure(arguments: list[str]) -> list[tuple[RunSpec, Execution]]:
     )(composed.append)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of Hydra's own report and exit
     kept, validate = sys.argv, Sweeper.validate_batch_is_legal
+    # Hydra shows things through logging, which would trace each line that nobody reads any more.
+    told, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         with tempfile.TemporaryDirectory(prefix="gradflow-") as scratch:
             # Hydra leaves a multirun.yaml in the sweep's directory; the store is our only output.
@@ -118,6 +127,7 @@ def _configure(arguments: list[str]) -> list[tuple[RunSpec, Execution]]:
         raise SpecError(_unreadable(error, options)) from None
     finally:
         sys.argv, Sweeper.validate_batch_is_legal = kept, validate  # type: ignore[method-assign]
+        logging.raiseExceptions = told
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
