@@ -156,13 +156,17 @@ _ONLY_WITH = {
 # --- checks: a value in any spelling -> its canonical form, or ValueError(what is allowed) --------
 
 
+_MOST = 2**63 - 1  # that a column of a table can hold
+
+
 def _integer(low: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         whole = (
             isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
         )
-        if not whole or not low <= value < 2**63:
-            raise ValueError(f"a whole number from {low}")
+        if not whole or not low <= value <= _MOST:
+            most = f" to {_MOST}" if whole and value > _MOST else ""
+            raise ValueError(f"a whole number from {low}{most}")
         return int(value)
 
     return check
@@ -194,7 +198,8 @@ def _choice(
             if spelled == value and type(spelled) is type(value):  # True == 1, but skip=1 is wrong
                 value = name
         if value not in names or not isinstance(value, str):
-            raise ValueError(", ".join(names))
+            switches = [_spelled(one) for one in aliases or () if isinstance(one, bool)]
+            raise ValueError(", ".join([*names, *switches]))
         return value
 
     check.allowed = names  # type: ignore[attr-defined]
