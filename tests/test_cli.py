@@ -339,6 +339,22 @@ def test_a_bad_value_is_one_line_and_exit_1(main, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("keys", [["skip=true,false"], ["depth=3,6", "network.args={k:1}"]])
+def test_a_network_that_is_not_made_of_what_it_is_named_by_is_refused(main, tmp_path, monkeypatch, keys):
+    """Else runs of one and the same network would be compared as if they differed."""
+    (tmp_path / "shared.py").write_text("def make(k=1, depth=2): raise AssertionError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, err = main("-m", "network.target=shared.make", *keys, "max_steps=0")
+    assert code == 1
+    said = {"skip": "skip=identity", "dept": "depth=3"}[keys[0][:4]]
+    name = said.partition("=")[0]
+    assert err == (
+        f"gradflow: {said}: shared.make is not called with it; "
+        f"network.args={{{name}:'${{{name}}}'}} passes it on\n"
+    )
+    assert not list((tmp_path / "runs").glob("*"))
+
+
 BAD_PRESETS = [
     ("network=mine", {"network__mine": "name: mlp\nwdth: 3\n"},
      "network/mine.yaml: network.wdth: no such key; did you mean width"),

@@ -181,9 +181,9 @@ def test_a_network_of_the_users_own(run, tmp_path, monkeypatch):
         "    return torch.nn.Sequential(Leave(), torch.nn.Linear(64, 10))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    own = {"depth": 2, "width": None, "network": {"target": "mynet.make", "args": {"width": 5}}}
+    own = {"depth": None, "width": None, "network": {"target": "mynet.make", "args": {"width": 5}}}
     done = run(**own)
-    assert done.path.name.startswith("custom-2-na-s0-")
+    assert done.path.name.startswith("custom-na-na-s0-")
     assert list(done.frame("modules")["layer"]) == ["1", "3"]
     assert done.record["certificate"] == run(**own, max_steps=4).record["certificate"] | {
         "batches": done.record["certificate"]["batches"]

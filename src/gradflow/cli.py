@@ -303,6 +303,10 @@ def _check_target(spec: RunSpec) -> None:
     package = target.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         raise SpecError(f"network.target={target}: there is no module {package!r}")
+    if spec.claims_beyond(spec.network.args or {}):
+        from gradflow.networks import callable_of  # loads torch, to see the callable's defaults
+
+        callable_of(spec)
 
 
 def _run(spec: RunSpec, execution: Execution) -> int:

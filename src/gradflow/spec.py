@@ -790,6 +790,18 @@ class RunSpec:
         depth = "na" if self.depth is None else self.depth
         return f"{self.network.name}-{depth}-{self.skip or 'na'}-s{self.seed}-{self.run_id}"
 
+    def claims_beyond(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """What a user's network is said to be (`depth`, `width`, `skip`) beyond its arguments.
+
+        Runs are named and compared by these keys, but the network is made of its arguments alone: a
+        value that is not among them says nothing true.
+        """
+        if self.network.name != "custom":
+            return {}
+        passed = list(_scalars(args))
+        claims = {name: getattr(self, name) for name in NETWORK_KEYS["custom"]}
+        return {name: v for name, v in claims.items() if v is not None and v not in passed}
+
     def check_files(self) -> None:
         """Raise SpecError, without reading them, where files of the run's are missing."""
         self.data.check_files()
@@ -939,6 +951,15 @@ def _leaves(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from _leaves(value, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, value, item.metadata["omit"]
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    """All values of nested mappings and lists; a boolean as the skip that it stands for."""
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _scalars(item)
+    else:
+        yield _SKIP_ALIASES[value] if isinstance(value, bool) else value
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
