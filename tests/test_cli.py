@@ -422,6 +422,54 @@ def test_data_that_is_damaged_is_one_line(main, tmp_path):
     assert "Traceback" not in err
 
 
+LATE = """
+import torch
+class Late(torch.nn.Linear):
+    calls = 0
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 5:  # the first two are the trying out
+            raise ValueError('enough')
+        return super().forward(x)
+def make():
+    return torch.nn.Sequential(torch.nn.Flatten(), Late(64, 10))
+"""
+
+
+def test_what_a_users_network_raises_is_shown_and_where_its_run_lies_is_said_last(
+    main, tmp_path, monkeypatch
+):
+    (tmp_path / "late_net.py").write_text(LATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = main("network.target=late_net.make", "max_steps=9", "threads=1")
+    assert code == 1
+    [failed] = (tmp_path / "runs").iterdir()
+    *_, raised, last = err.splitlines()
+    assert raised == "ValueError: enough"
+    assert "late_net.py" in err
+    assert last == f"gradflow: the run failed; what was recorded lies in runs/{failed.name}"
+    assert load_runs(tmp_path / "runs").members[0].status == "failed"
+
+
+def test_after_a_mistake_is_mended_a_sweep_computes_the_run(main, tmp_path, monkeypatch):
+    module = tmp_path / "mended.py"
+    module.write_text("def make(): raise RuntimeError('as written')\n")
+    asked = ["-m", "network.target=mended.make", "seed=0", "max_steps=0", "jobs=1"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = main(*asked)
+    assert code == 1
+    assert "network.target=mended.make: the call failed: RuntimeError: as written" in out
+    assert not load_runs(tmp_path / "runs").members
+    module.write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # as it should be\n"
+    )
+    code, out, err = main(*asked)
+    assert code == 0, err
+    assert out == "1 run: 1 done.\n"
+
+
 def test_ctrl_c_leaves_an_interrupted_run_that_can_be_read(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "gradflow", *TINY, "max_steps=100000"],

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -314,6 +315,7 @@ def _run(spec: RunSpec, execution: Execution) -> int:
     from gradflow.progress import Display, guarded
 
     last: dict[str, Any] = {}
+    where = Path(execution.runs_dir) / spec.name
     try:
         with Display() as display:
             from gradflow.run import run
@@ -326,9 +328,16 @@ def _run(spec: RunSpec, execution: Execution) -> int:
 
             finished = run(spec, emit=emit, **asdict(execution))
     except KeyboardInterrupt:
-        where = Path(execution.runs_dir) / spec.name
         print(f"interrupted; what was recorded lies in {where}", file=sys.stderr)
         raise
+    except GradflowError:
+        raise
+    except Exception:  # in a network of the user's, who wants to see where
+        if not where.exists():
+            raise
+        traceback.print_exc()
+        print(f"gradflow: the run failed; what was recorded lies in {where}", file=sys.stderr)
+        return 1
     if last["reused"]:
         print("in the store already, not run again:")
     for line in summary(finished):
