@@ -185,7 +185,7 @@ def test_a_network_of_the_users_own(run, tmp_path, monkeypatch):
         "def detached():\n"
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), Detached())\n"
         "def frozen():\n"
-        "    return torch.nn.Sequential(Detached(), torch.nn.Linear(64, 10).requires_grad_(False))\n"
+        "    return detached().requires_grad_(False)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     own = {"depth": None, "width": None, "network": {"target": "mynet.make", "args": {"width": 5}}}

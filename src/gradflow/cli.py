@@ -48,10 +48,9 @@ _SHORT = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-p": "--package", "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m gradflow`: one run, or with -m a sweep. Returns the exit code."""
-    code = 0
     with reader_may_leave():
-        code = _main(list(sys.argv[1:] if arguments is None else arguments))
-    return code
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    return 0  # the reader has left
 
 
 def _main(given: list[str]) -> int:
@@ -211,7 +210,7 @@ def _one_line(error: BaseException, known: list[str]) -> str:
         return f"{group}={choice}: allowed is {names}"
     override = getattr(error, "override", None)
     if override is not None:
-        return f"{override}: cannot be read; half a pair of quotes or brackets, or a comma too many?"
+        return f"{override}: cannot be read; half a pair of quotes or brackets, a comma too many?"
     message = str(error).strip() or type(error).__name__
     composing = re.match(r"In '(.*?)': (\w+) raised while composing config:\n(.*)", message)
     key = re.search(r"full_key: (\S+)", message)

@@ -191,7 +191,9 @@ def _defaults(make: Callable[..., Any]) -> dict[str, Any]:
         parameters = inspect.signature(make).parameters
     except (ValueError, TypeError):  # of something built in
         parameters = MappingProxyType({})
-    found = {name: parameters[name].default for name in NETWORK_KEYS["custom"] if name in parameters}
+    found = {
+        name: parameters[name].default for name in NETWORK_KEYS["custom"] if name in parameters
+    }
     return {"skip": "none"} | found
 
 
