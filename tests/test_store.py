@@ -581,6 +581,9 @@ def test_stores_are_read_together_and_a_run_alone(tmp_path: Path) -> None:
     assert outer.problems == [
         f"{tmp_path / name}: a store in the store; load it by its path" for name in ("one", "two")
     ]
+    inner = load_runs(tmp_path, tmp_path / "one")
+    assert [run.path.name for run in inner] == ["a"]
+    assert inner.problems == outer.problems[1:]
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "a\ttab", "a\u2028b", "bell\a"])

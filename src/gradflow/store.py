@@ -1092,15 +1092,17 @@ def load_runs(*runs_dirs: str | Path) -> Runs:
     StoreError where a given directory does not exist.
     """
     paths: dict[Path, Path] = {}
-    problems: list[str] = []
-    for directory in map(Path, runs_dirs or ("runs",)):
+    inner: dict[Path, Path] = {}
+    directories = [Path(directory) for directory in runs_dirs or ("runs",)]
+    for directory in directories:
         if not directory.is_dir():
             raise StoreError(f"{directory}: no such directory of runs")
         for path in run_directories(directory):
             paths.setdefault(path.resolve(), path)
-        problems += [
-            f"{path}: a store in the store; load it by its path" for path in _stores(directory)
-        ]
+        inner |= {path.resolve(): path for path in _stores(directory)}
+    for directory in directories:
+        inner.pop(directory.resolve(), None)
+    problems = [f"{path}: a store in the store; load it by its path" for path in inner.values()]
     members = []
     for path in paths.values():
         try:
