@@ -119,6 +119,8 @@ def test_help_explains_every_key():
         ):
             assert f"\n  {name} " in shown, name
     assert max(map(len, shown.splitlines())) <= 100
+    assert "python -m gradflow.report runs " in shown
+    assert "python -m analysis" not in shown  # it is no part of the wheel
 
 
 def test_help_and_bad_values_load_neither_torch_nor_lightning(command):
@@ -253,6 +255,19 @@ def test_what_shows_something_shows_it_and_runs_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", ["--help", "--info defaults", "--cfg job", "--version"])
+def test_a_reader_who_leaves_early_is_no_error(tmp_path, arguments):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradflow", *arguments.split()],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert err == ""
+    assert process.returncode == 0
+
+
 def test_the_shell_completes_keys_and_presets(monkeypatch, capsys):
     for typed, offered in (
         ("dep", ["depth="]),
@@ -284,10 +299,23 @@ BAD = [
     ("+foo=1", "foo: no such key"),
     ("~runs_dir", "~runs_dir: a key cannot be taken away"),
     ("record.every=3", "record.every=3: allowed is record.every.weights=N"),
-    ("network.args={depth:${dept}} network.target=a.f", "dept"),
+    (
+        "network.args={depth:${dept}} network.target=a.f",
+        "network.args.depth: ${dept} is no key; did you mean depth?\n",
+    ),
     ("-m depth=8,14 runs_dir=a,b", "runs_dir=a,b: one value for a whole sweep"),
     ("device=cpu precision=fp16", "precision=fp16: the CPU trains in"),
-    ("lr=[1", "gradflow: "),
+    ("lr=[1", "gradflow: lr=[1: cannot be read; half a pair of quotes or brackets, a comma"),
+    ("depth='8", "gradflow: depth='8: cannot be read; half a pair of quotes or brackets"),
+    ("-m depth=8,,14", "gradflow: depth=8,,14: cannot be read; "),
+    ("lr=${nope}", "gradflow: lr: ${nope} is no key; did you mean nodes?\n"),
+    ("lr=${lr}", "gradflow: lr: Recursive interpolation detected\n"),
+    ("=3", "gradflow: =3: give keys as KEY=VALUE"),
+    ("+=3", "gradflow: +=3: give keys as KEY=VALUE"),
+    ("seed=99999999999999999999", "allowed is a whole number from 0 to 9223372036854775807\n"),
+    ("seed=-1", "seed=-1: allowed is a whole number from 0\n"),
+    ("skip=maybe", "rezero, highway, stochastic_depth, dosed, true, false\n"),
+    ("--foo", "gradflow: --foo: no such option; there are --help, --multirun, --run, --resolve, "),
     ("-m depth=20,21", "depth=21: allowed is 6n+2"),
     ("--fco job", "--fco: no such option; "),
     ("--multrun depth=8", "--multrun: no such option; did you mean --multirun"),
@@ -313,6 +341,25 @@ def test_a_bad_value_is_one_line_and_exit_1(main, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("keys", "name", "value"),
+    [("skip=true,false", "skip", "identity"), ("depth=3,6 network.args={k:1}", "depth", "3")],
+)
+def test_a_network_that_is_not_made_of_what_names_it_is_refused(
+    main, tmp_path, monkeypatch, keys, name, value
+):
+    """Else runs of one and the same network would be compared as if they differed."""
+    (tmp_path / "shared.py").write_text("def make(k=1, depth=2): raise AssertionError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = main("-m", "network.target=shared.make", *keys.split(), "max_steps=0")
+    assert code == 1
+    assert err == (
+        f"gradflow: {name}={value}: shared.make is not called with it; "
+        f"network.args={{{name}:'${{{name}}}'}} passes it on\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 BAD_PRESETS = [
     ("network=mine", {"network__mine": "name: mlp\nwdth: 3\n"},
      "network/mine.yaml: network.wdth: no such key; did you mean width"),
@@ -320,7 +367,8 @@ BAD_PRESETS = [
      "network/mine.yaml: network.width: no such key; for width itself, let the file begin with "
      "`# @package _global_`"),
     ("network=mine", {"network__mine": "name: nonet\n"}, "network.name=nonet: allowed is cifar"),
-    ("network=mine", {"network__mine": "- mlp\n"}, "network/mine.yaml: Merge error: list"),
+    ("network=mine", {"network__mine": "- mlp\n"},
+     "network/mine.yaml: a list or a word stands where lines of KEY: VALUE are wanted\n"),
     ("network=mine", {"network__mine": "name: mlp\n  foo: [1\n"},
      "of mine/network/mine.yaml, line 2: mapping values are not allowed here"),
     ("network=mine", {"network__mine": "name: mlp\nname: cifar\n"},
@@ -334,7 +382,22 @@ BAD_PRESETS = [
     ("--config-name=lab", {"lab": "defaults: [config, _self_]\nlrr: 0.5\n"},
      "lab.yaml: lrr: no such key; did you mean lr"),
     ("+habit=slow", {"habit__fast": "lr: 1\n"}, "habit=slow: allowed is fast"),
-    ("+habit=fast", {"habit__fast": "lr: 1\n"}, "habit"),
+    ("+habit=fast", {"habit__fast": "lr: 1\n"},
+     "habit/fast.yaml: its keys would go below habit; let the file begin with `# @package _glob"),
+    ("recipe=mine", {"recipe__mine": "lr: 1\n"},
+     "recipe/mine.yaml: its keys would go below recipe; let the file begin with `# @package _glo"),
+    ("recipe=mine", {"recipe__mine": ""},
+     "recipe/mine.yaml: its keys would go below recipe; let the file begin with `# @package _glo"),
+    ("recipe=mine", {"recipe__mine": "# @package _global_\n- lr\n"},
+     "recipe/mine.yaml: a list or a word stands where lines of KEY: VALUE are wanted\n"),
+    ("--config-name=lab", {"lab": "- lr\n"},
+     "lab.yaml: a list or a word stands where lines of KEY: VALUE are wanted\n"),
+    ("data=mine", {"data__mine": "nam: synthetic\n"},
+     "data/mine.yaml: data.nam: no such key; did you mean name?\n"),
+    ("data=mine", {"data__mine": "size: 16\n"},
+     "gradflow: data: the preset has no name, say `name: digits`\n"),
+    ("network=mine", {"network__mine": ""},
+     "gradflow: network: the preset has no name, say `name: cifar`\n"),
 ]  # fmt: skip
 
 
@@ -357,12 +420,60 @@ def test_a_preset_that_is_no_text_is_named(main, presets, tmp_path):
 
 
 def test_data_that_is_damaged_is_one_line(main, tmp_path):
-    (tmp_path / "train.npz").write_bytes(b"not an archive")
+    (tmp_path / "train.npz").write_bytes(b"PK not an archive")
     np.savez(tmp_path / "test.npz", x=np.zeros((4, 1, 8, 8)), y=np.zeros(4, int))
     code, _, err = main(*TINY, "data=files", f"data.root={tmp_path}", "max_steps=0")
     assert code == 1
     assert "train.npz: unreadable" in err
     assert "Traceback" not in err
+
+
+LATE = """
+import torch
+class Late(torch.nn.Linear):
+    calls = 0
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 5:  # the first two are the trying out
+            raise ValueError('enough')
+        return super().forward(x)
+def make():
+    return torch.nn.Sequential(torch.nn.Flatten(), Late(64, 10))
+"""
+
+
+def test_what_a_users_network_raises_is_shown_and_where_its_run_lies_is_said_last(
+    main, tmp_path, monkeypatch
+):
+    (tmp_path / "late_net.py").write_text(LATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = main("network.target=late_net.make", "max_steps=9", "threads=1")
+    assert code == 1
+    [failed] = (tmp_path / "runs").iterdir()
+    *_, raised, last = err.splitlines()
+    assert raised == "ValueError: enough"
+    assert "late_net.py" in err
+    assert last == f"gradflow: the run failed; what was recorded lies in runs/{failed.name}"
+    assert load_runs(tmp_path / "runs").members[0].status == "failed"
+
+
+def test_after_a_mistake_is_mended_a_sweep_computes_the_run(main, tmp_path, monkeypatch):
+    module = tmp_path / "mended.py"
+    module.write_text("def make(): raise RuntimeError('as written')\n")
+    asked = ["-m", "network.target=mended.make", "seed=0", "max_steps=0", "jobs=1"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = main(*asked)
+    assert code == 1
+    assert "network.target=mended.make: the call failed: RuntimeError: as written" in out
+    assert not load_runs(tmp_path / "runs").members
+    module.write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # as it should be\n"
+    )
+    code, out, err = main(*asked)
+    assert code == 0, err
+    assert out == "1 run: 1 done.\n"
 
 
 def test_ctrl_c_leaves_an_interrupted_run_that_can_be_read(tmp_path):

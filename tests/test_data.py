@@ -121,11 +121,17 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
         load_data(DataSpec("files", root=str(tmp_path / "gone")))
     good = {"x": np.zeros((4, 1, 8, 8)), "y": np.zeros(4, int)}
     np.savez(tmp_path / "train.npz", **good)
+    one_nan, some_inf = ({"x": good["x"].copy(), "y": good["y"]} for _ in range(2))
+    one_nan["x"][3, 0, 4, 4] = some_inf["x"][0, 0, 0, 0] = np.nan
+    some_inf["x"][2] = -np.inf
     for wrong, match in (
         ({"x": np.zeros((4, 8, 8)), "y": good["y"]}, "wants x"),
         ({"x": good["x"], "y": np.zeros(3, int)}, "wants x"),
         ({"x": good["x"], "y": np.zeros(4)}, "whole numbers"),
         ({"x": good["x"]}, "unreadable"),
+        (one_nan, "test.npz: x has 1 value that is not finite$"),
+        (some_inf, "test.npz: x has 65 values that are not finite$"),
+        ({"x": np.full((4, 1, 8, 8), "a"), "y": good["y"]}, "wants x of numbers, has <U1$"),
         ({"x": np.zeros((4, 3, 8, 8)), "y": good["y"]}, "to train on"),
     ):
         np.savez(tmp_path / "test.npz", **wrong)
@@ -134,6 +140,9 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     whole = (tmp_path / "train.npz").read_bytes()
     (tmp_path / "train.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(GradflowError, match=r"train\.npz: unreadable"):
+        load_data(spec)
+    (tmp_path / "train.npz").write_text("0 1 2\n")
+    with pytest.raises(GradflowError, match=r"train\.npz: is no \.npz file$"):
         load_data(spec)
 
 

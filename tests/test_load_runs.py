@@ -16,6 +16,7 @@ from crash import die
 
 from gradflow import load_runs, schema
 from gradflow.errors import SpecError
+from gradflow.recording.quantities import QUANTITIES, STEPS
 from gradflow.spec import RunSpec
 from gradflow.store import Run, Runs, RunWriter
 
@@ -94,6 +95,16 @@ def test_a_mask_with_nulls_in_it_leaves_these_out(tmp_path: Path) -> None:
         (lambda runs: runs.table("weigths"), "weigths: no such table; there are modules, weights"),
         (lambda runs: runs.weights(fields=["dept"]), "fields=dept: no run has it; near it are d"),
         (lambda runs: runs.dataset("weigths"), "weigths: no such table"),
+        (
+            lambda runs: runs.weights("weight_grad_nrom"),
+            "weight_grad_nrom: no run has it in its table weights; near it are weight_grad_norm",
+        ),
+        (lambda runs: runs.weights(["weight_norm", "f1"]), "f1: no run has it in its table weigh"),
+        (lambda runs: runs.weights("output_rms"), "output_rms: no run has it in its table weights"),
+        (
+            lambda runs: runs.weights(modules=("knid",)),
+            "modules=knid: no run has it in its table modules; near it are kind",
+        ),
     ],
 )
 def test_what_is_misspelt_is_one_line(runs: Runs, choose: Any, words: str) -> None:
@@ -101,6 +112,34 @@ def test_what_is_misspelt_is_one_line(runs: Runs, choose: Any, words: str) -> No
         choose(runs)
     assert str(caught.value).startswith(words)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_known_or_recorded_by_any_run_may_be_asked_for(tmp_path: Path) -> None:
+    for name, quantity in (("one", "my_norm"), ("other", "weight_norm")):
+        writer = RunWriter(tmp_path / name, {}, origin="external")
+        writer.write("modules", schema.table("modules", {"layer": ["fc"], "position": [0]}))
+        rows = {"step": [0], "layer": ["fc"], quantity: [2.0]}
+        writer.append("weights", schema.table("weights", rows))
+        writer.finish("done")
+    runs = load_runs(tmp_path)
+    assert runs.weights("my_norm")["my_norm"].tolist() == [2.0]
+    assert list(runs.weights("update_norm")) == ["run_id", "step", "layer", "update_norm"]
+    assert runs.where(run="none").weights("nothing").empty  # of no runs anything may be asked
+    measured: dict[str, list[str]] = {}
+    for one in QUANTITIES.values():
+        measured.setdefault(one.table, []).append(one.name)
+    assert {name: list(schema.QUANTITIES[name]) for name in measured} == measured
+    assert list(schema.QUANTITIES["steps"]) == list(STEPS)
+    assert set(schema.QUANTITIES) == set(schema.KEYS)
+
+
+def test_an_empty_store_has_the_columns_of_a_run(tmp_path: Path) -> None:
+    nothing = load_runs(tmp_path)
+    assert nothing.runs.empty
+    assert nothing.runs["depth"].tolist() == []
+    assert len(nothing.where(nothing.runs["depth"] > 8)) == 0
+    write(tmp_path, RunSpec())
+    assert list(nothing.runs) == list(load_runs(tmp_path).runs)
 
 
 # --- narrowing ------------------------------------------------------------------------------------
@@ -116,10 +155,10 @@ def test_steps_quantities_and_module_columns_alone(runs: Runs) -> None:
     whole = runs.weights("weight_grad_norm")
     some = runs.weights("weight_grad_norm", steps=np.array([0, 2]))
     pd.testing.assert_frame_equal(some, whole[whole["step"] != 1].reset_index(drop=True))
-    both = runs.weights(["weight_norm", "weight_grad_norm", "nothing"], steps=[7, 0])
+    both = runs.weights(["weight_norm", "weight_grad_norm", "update_norm"], steps=[7, 0])
     assert len(both) == 8 * 3
     assert {"weight_norm", "weight_grad_norm"} < set(both)
-    assert "nothing" not in both
+    assert "update_norm" not in both
     assert len(runs.weights(["weight_norm"], steps=0)) == 8 * 2  # not measured, of fc
     without = runs.weights().drop(columns=["position", "kind", "stage"])
     assert list(runs.weights(modules=())) == list(without)

@@ -179,11 +179,18 @@ def test_a_network_of_the_users_own(run, tmp_path, monkeypatch):
         "        raise SystemExit(3)\n"
         "def leave():\n"
         "    return torch.nn.Sequential(Leave(), torch.nn.Linear(64, 10))\n"
+        "class Detached(torch.nn.Flatten):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x).detach()\n"
+        "def detached():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), Detached())\n"
+        "def frozen():\n"
+        "    return detached().requires_grad_(False)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    own = {"depth": 2, "width": None, "network": {"target": "mynet.make", "args": {"width": 5}}}
+    own = {"depth": None, "width": None, "network": {"target": "mynet.make", "args": {"width": 5}}}
     done = run(**own)
-    assert done.path.name.startswith("custom-2-na-s0-")
+    assert done.path.name.startswith("custom-na-na-s0-")
     assert list(done.frame("modules")["layer"]) == ["1", "3"]
     assert done.record["certificate"] == run(**own, max_steps=4).record["certificate"] | {
         "batches": done.record["certificate"]["batches"]
@@ -193,12 +200,16 @@ def test_a_network_of_the_users_own(run, tmp_path, monkeypatch):
         ("narrow", r"images \[2, 1, 8, 8\] do not pass"),
         ("three", r"returns \[2, 3\], wants logits \[2, 10\]"),
         ("leave", r"called sys.exit\(3\)"),
+        ("detached", "its logits have no gradient: they are detached from its parameters"),
+        ("frozen", "has no parameters to train"),
+        ("absent", "cannot be imported"),
     ):
         with pytest.raises(GradflowError, match=message) as caught:
             run(**own | {"network": {"target": f"mynet.{name}"}})
         assert "\n" not in str(caught.value)
-    statuses = {one.status for one in gradflow.load_runs(tmp_path / "runs")}
-    assert statuses == {"done", "failed"}
+    # A mistake leaves nothing: two runs of `make`, of 3 and 4 updates, are all there is.
+    assert [one.status for one in gradflow.load_runs(tmp_path / "runs")] == ["done"] * 2
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 def test_a_users_files_are_read_again_before_a_run_is_reused(run, tmp_path):
@@ -212,6 +223,9 @@ def test_a_users_files_are_read_again_before_a_run_is_reused(run, tmp_path):
             np.savez(tmp_path / "test.npz", x=x + 1, y=np.arange(100) % 10)
         run(data=data, max_steps=0, emit=events.append)
     assert [e["reused"] for e in events if e["event"] == "end"] == [False, True, False]
+    with pytest.raises(GradflowError, match="batch_size=101, accumulate=1: there are 100 training"):
+        run(data=data, max_steps=1, batch_size=101)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_devices_that_are_not_there(run):

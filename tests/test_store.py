@@ -337,7 +337,8 @@ def test_a_damaged_run_is_a_problem_and_not_the_end(
 ) -> None:
     write(tmp_path / "good", {"depth": 1})
     write(tmp_path / "bad", {"depth": 2})
-    (tmp_path / "stray").mkdir()
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "one.svg").touch()
     (tmp_path / "note.txt").touch()
     path = tmp_path / "bad" / name
     path.unlink()
@@ -347,9 +348,7 @@ def test_a_damaged_run_is_a_problem_and_not_the_end(
         Run(tmp_path / "bad")
     runs = load_runs(tmp_path)
     assert [run.path.name for run in runs] == ["good"]
-    assert [problem.split(":")[0] for problem in runs.problems] == [
-        str(path), str(tmp_path / "stray" / "run.json")
-    ]  # fmt: skip
+    assert [problem.split(":")[0] for problem in runs.problems] == [str(path)]
     assert not any("\n" in problem for problem in runs.problems)
     assert runs.weights()["step"].tolist() == [0, 0, 0, 1, 1, 1]
 
@@ -506,7 +505,7 @@ def test_a_table_over_all_runs(tmp_path: Path) -> None:
     assert runs.modules(fields=())["layer"].tolist() == LAYERS * 4
     assert runs.steps("loss", fields=())["loss"].tolist() == [1.0, 0.5] * 4
     assert runs.outputs().empty
-    assert runs.weights("no_such_quantity").empty
+    assert runs.weights("update_norm").empty
 
 
 def test_some_steps_of_a_table_alone(tmp_path: Path) -> None:
@@ -576,6 +575,25 @@ def test_stores_are_read_together_and_a_run_alone(tmp_path: Path) -> None:
     assert [run.path.name for run in both] == ["a", "b"]
     assert both.problems == []
     assert [run.path.name for run in load_runs(tmp_path / "one" / "a")] == ["a"]
+    (tmp_path / "mine").mkdir()
+    outer = load_runs(tmp_path)
+    assert len(outer) == 0
+    assert outer.problems == [
+        f"{tmp_path / name}: a store in the store; load it by its path" for name in ("one", "two")
+    ]
+    inner = load_runs(tmp_path, tmp_path / "one")
+    assert [run.path.name for run in inner] == ["a"]
+    assert inner.problems == outer.problems[1:]
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\ttab", "a\u2028b", "bell\a"])
+def test_a_name_that_would_break_a_line_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StoreError) as caught:
+        RunWriter(tmp_path / name, {}, origin="external")
+    assert str(caught.value).endswith(": a run's name has no line breaks or control characters")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+    RunWriter(tmp_path / "größe 2 – a&b", {}, origin="external").finish("done")
 
 
 # --- what guards reuse, and what is not replaced --------------------------------------------------

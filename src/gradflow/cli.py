@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import logging
 import os
 import re
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gradflow import __version__
 from gradflow.errors import GradflowError, SpecError
-from gradflow.interrupt import Interrupt
+from gradflow.interrupt import Interrupt, reader_may_leave
 from gradflow.spec import Execution, RunSpec
 
 INTERRUPTED = 130
@@ -46,7 +48,12 @@ _SHORT = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-p": "--package", "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m gradflow`: one run, or with -m a sweep. Returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    with reader_may_leave():
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    return 0  # the reader has left
+
+
+def _main(given: list[str]) -> int:
     if {"-h", "--help"} & set(given):
         from gradflow.help import text
 
@@ -99,6 +106,8 @@ def _configure(arguments: list[str]) -> list[tuple[RunSpec, Execution]]:
     )(composed.append)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of Hydra's own report and exit
     kept, validate = sys.argv, Sweeper.validate_batch_is_legal
+    # Hydra shows things through logging, which would trace each line that nobody reads any more.
+    told, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         with tempfile.TemporaryDirectory(prefix="gradflow-") as scratch:
             # Hydra leaves a multirun.yaml in the sweep's directory; the store is our only output.
@@ -118,6 +127,7 @@ def _configure(arguments: list[str]) -> list[tuple[RunSpec, Execution]]:
         raise SpecError(_unreadable(error, options)) from None
     finally:
         sys.argv, Sweeper.validate_batch_is_legal = kept, validate  # type: ignore[method-assign]
+        logging.raiseExceptions = told
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -134,7 +144,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         name = _SHORT.get(name, name)
         if name not in _OPTIONS:
-            raise SpecError(f"{name}: no such option; {_nearest(name, list(_OPTIONS))}")
+            raise SpecError(f"{name}: no such option; {_nearest_option(name)}")
         allowed = _OPTIONS[name]
         if allowed and not sign and rest and (allowed == _ANY or rest[0] in allowed):
             sign, value = "=", rest.pop(0)
@@ -148,9 +158,17 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, overrides
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3)
     return f"did you mean {' or '.join(near)}?" if near else "`--help` lists the keys"
+
+
+def _nearest_option(name: str) -> str:
+    """By their letters alone: two dashes make any two options of four letters alike."""
+    near = difflib.get_close_matches(name.strip("-"), [known[2:] for known in _OPTIONS])
+    if near:
+        return f"did you mean {' or '.join(f'--{one}' for one in near)}?"
+    return f"there are --help, {', '.join(name for name in _OPTIONS if name not in _REFUSED)}"
 
 
 def _check_overrides(arguments: list[str], known: list[str]) -> None:
@@ -162,7 +180,7 @@ def _check_overrides(arguments: list[str], known: list[str]) -> None:
             raise SpecError(f"{argument}: {_REFUSED[key]}")
         if name.startswith("~"):
             raise SpecError(f"{argument}: a key cannot be taken away; give it a value")
-        if not sign:
+        if not sign or not key:
             raise SpecError(f"{argument}: give keys as KEY=VALUE")
         if key in _GROUPS and re.search("(^|,) *(null|~)? *(,|$)", value):
             raise SpecError(f"{argument}: a name is needed here; `--help` lists them")
@@ -177,6 +195,10 @@ def _check_overrides(arguments: list[str], known: list[str]) -> None:
             raise SpecError(f"{key}: no such key; {_nearest(key, known)}")
 
 
+_GLOBAL = "let the file begin with `# @package _global_`"
+_NO_LIST = "a list or a word stands where lines of KEY: VALUE are wanted"
+
+
 def _one_line(error: BaseException, known: list[str]) -> str:
     options = getattr(error, "options", None)
     missing = getattr(error, "missing_cfg_file", None)
@@ -186,23 +208,38 @@ def _one_line(error: BaseException, known: list[str]) -> str:
             return f"--config-name {group}: neither gradflow nor --config-dir has {group}.yaml"
         names = ", ".join(options or ()) or "a file of the configuration directory"
         return f"{group}={choice}: allowed is {names}"
+    override = getattr(error, "override", None)
+    if override is not None:
+        return f"{override}: cannot be read; half a pair of quotes or brackets, a comma too many?"
     message = str(error).strip() or type(error).__name__
     composing = re.match(r"In '(.*?)': (\w+) raised while composing config:\n(.*)", message)
+    key = re.search(r"full_key: (\S+)", message)
     if composing is not None:
         file, kind, reason = composing.groups()
-        key = re.search(r"full_key: (\S+)", message)
         if kind == "ConfigKeyError" and key is not None:
-            reason = f"{key[1]}: no such key; {_meant(key[1], known)}"
+            reason = _unknown_in(file, key[1], known)
+        elif re.search(r"ListConfig|Merge error", reason):
+            reason = _NO_LIST
         return f"{file}.yaml: {reason}"
-    return re.sub(r"\.?\s*\n\s*", "; ", message)
+    primary = re.match(r"primary config '(.*?)' must be a DictConfig", message)
+    if primary is not None:
+        return f"{primary[1]}.yaml: {_NO_LIST}"
+    reason = re.split(r"\s*\n\s*(?:full_key|object_type|reference_type)", message)[0]
+    wanted = re.fullmatch(r"Interpolation key '(.*)' not found", reason)
+    if wanted is not None:
+        reason = f"${{{wanted[1]}}} is no key; {_nearest(wanted[1], known)}"
+    place = f"{key[1]}: " if key is not None else ""
+    return place + re.sub(r"\.?\s*\n\s*", "; ", reason)
 
 
-def _meant(key: str, known: list[str]) -> str:
-    """What a key of a preset should have been."""
+def _unknown_in(file: str, key: str, known: list[str]) -> str:
+    """A key of a preset that there is not, and what it should have been."""
+    if key == file.partition("/")[0]:  # a group of no keys of its own, such as recipe
+        return f"its keys would go below {key}; {_GLOBAL}"
     name = key.rpartition(".")[2]
     if name != key and name in known:
-        return f"for {name} itself, let the file begin with `# @package _global_`"
-    return _nearest(name, [one.rpartition(".")[2] for one in known])
+        return f"{key}: no such key; for {name} itself, {_GLOBAL}"
+    return f"{key}: no such key; {_nearest(name, [one.rpartition('.')[2] for one in known])}"
 
 
 def _unreadable(error: Exception, options: list[str]) -> str:
@@ -266,6 +303,10 @@ def _check_target(spec: RunSpec) -> None:
     package = target.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         raise SpecError(f"network.target={target}: there is no module {package!r}")
+    if spec.claims_beyond(spec.network.args or {}):
+        from gradflow.networks import callable_of  # loads torch, to see the callable's defaults
+
+        callable_of(spec)
 
 
 def _run(spec: RunSpec, execution: Execution) -> int:
@@ -273,6 +314,7 @@ def _run(spec: RunSpec, execution: Execution) -> int:
     from gradflow.progress import Display, guarded
 
     last: dict[str, Any] = {}
+    where = Path(execution.runs_dir) / spec.name
     try:
         with Display() as display:
             from gradflow.run import run
@@ -285,9 +327,16 @@ def _run(spec: RunSpec, execution: Execution) -> int:
 
             finished = run(spec, emit=emit, **asdict(execution))
     except KeyboardInterrupt:
-        where = Path(execution.runs_dir) / spec.name
         print(f"interrupted; what was recorded lies in {where}", file=sys.stderr)
         raise
+    except GradflowError:
+        raise
+    except Exception:  # in a network of the user's, who wants to see where
+        if not where.exists():
+            raise
+        traceback.print_exc()
+        print(f"gradflow: the run failed; what was recorded lies in {where}", file=sys.stderr)
+        return 1
     if last["reused"]:
         print("in the store already, not run again:")
     for line in summary(finished):

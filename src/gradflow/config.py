@@ -14,7 +14,11 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from gradflow.spec import Execution, RunSpec
+from gradflow.errors import SpecError
+from gradflow.spec import PARTS, Execution, RunSpec
+
+_NAMED = {part: kind().name for part, kind in PARTS.items() if kind().name is not None}
+"""The parts that are chosen by a preset's name, and the usual choice."""
 
 
 def register_schema() -> None:
@@ -33,9 +37,12 @@ def specs_from(config: DictConfig) -> tuple[RunSpec, Execution]:
     """The run and its execution that a composed config describes.
 
     Raises:
-        SpecError: a value that is not allowed.
+        SpecError: a value that is not allowed, or a preset that does not say on what it builds.
     """
     values: Any = OmegaConf.to_container(config, resolve=True)
+    for part in _NAMED:
+        if values[part]["name"] is None:
+            raise SpecError(f"{part}: the preset has no name, say `name: {_NAMED[part]}`")
     execution = {item.name: values.pop(item.name) for item in fields(Execution)}
     return RunSpec.from_dict(values), Execution(**execution)
 
@@ -73,6 +80,8 @@ def _schema(*kinds: type) -> Any:
                 part = _schema(factory)
                 items.append((item.name, part, field(default_factory=part)))
             else:
-                default = None if item.default is MISSING else item.default
+                # Each preset names what it builds on; one that does not must not get the default.
+                named = item.name == "name" or item.default is MISSING
+                default = None if named else item.default
                 items.append((item.name, Any, field(default=default)))
     return make_dataclass(f"{kinds[0].__name__}Schema", items)

@@ -7,6 +7,7 @@ on (seed, update, place), so that both arms of a matched pair see the same batch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -321,6 +322,9 @@ def _files(spec: DataSpec) -> tuple[_Arrays, _Arrays]:
 
 
 def _read_npz(path: Path) -> _Arrays:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(2) != b"PK":  # how a zip file begins, be it whole or not
+            raise GradflowError(f"{path}: is no .npz file")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             images, labels = content["x"], content["y"]
@@ -333,6 +337,12 @@ def _read_npz(path: Path) -> _Arrays:
         )
     if labels.dtype.kind not in "iu" or labels.min() < 0:
         raise GradflowError(f"{path}: wants y of whole numbers from 0")
+    if images.dtype.kind not in "biuf":
+        raise GradflowError(f"{path}: wants x of numbers, has {images.dtype}")
+    wrong = int((~np.isfinite(images)).sum())
+    if wrong:
+        are = "value that is" if wrong == 1 else "values that are"
+        raise GradflowError(f"{path}: x has {wrong} {are} not finite")
     return images.astype(np.float64), labels
 
 

@@ -27,7 +27,7 @@ gradflow: train matched plain and residual networks and record how the gradient 
   python -m gradflow depth=152 skip=false                          one run
   python -m gradflow -m depth=20,56,152 skip=true,false seed=0,1,2  a sweep
   python -m gradflow depth=56 skip=false max_steps=0               initialisation alone: seconds
-  python -m analysis                                               the report over all runs
+  python -m gradflow.report runs                                   the report over all runs
 
 Keys, as KEY=VALUE, with their defaults:"""
 

@@ -1,7 +1,11 @@
-"""How a process is interrupted: once, whatever comes after."""
+"""How a process is interrupted: once, whatever comes after; and what it prints, by its reader."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from types import FrameType
 
 
@@ -29,3 +33,15 @@ def of_interrupt(error: BaseException | None) -> bool:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """What is printed to a pipe whose other end is closed is lost in silence: `head` saw enough."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ import itertools
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,13 @@ def _run(store: Path, spec: RunSpec, execution: Execution, tell: Emit) -> tuple[
     check(spec, execution, device.type)
     set_up_process(execution.threads, execution.devices)
     data = load_data(spec.data)
+    # A single pass is not worth other processes.
+    alone = replace(execution, devices=1, nodes=1) if spec.max_steps == 0 else execution
+    group = Group(spec, alone, device.type, torch.get_num_threads())
+    # Before the run's directory is made: what cannot be is a mistake, and no run.
+    Batches(data.train, batch_size=spec.batch_size, accumulate=spec.accumulate)
+    with _exits_named(spec):
+        network = _network(spec, data, device, group.ranks)
     state: dict[str, Any] = {}
 
     def keep(attempt: Path) -> int:
@@ -110,16 +117,19 @@ def _run(store: Path, spec: RunSpec, execution: Execution, tell: Emit) -> tuple[
         writer = RunWriter(store / spec.name, spec.to_dict(), keep=keep)
     except _DoneMeanwhile as done:
         return done.args[0], True
-    # A single pass is not worth other processes.
-    alone = replace(execution, devices=1, nodes=1) if spec.max_steps == 0 else execution
-    group = Group(spec, alone, device.type, torch.get_num_threads())
     mirror = Mirror(execution.logger)  # closed last: it mirrors what the record has become
-    with mirror, writer, group:
-        try:
-            _compute(spec, data, device, writer, state, mirror, tell, group)
-        except SystemExit as error:  # in a network of the user's
-            raise GradflowError(f"{spec.name}: its network called sys.exit({error.code})") from None
+    with mirror, writer, group, _exits_named(spec):
+        _compute(network, spec, data, device, writer, state, mirror, tell, group)
     return Run(writer.path), False
+
+
+@contextlib.contextmanager
+def _exits_named(spec: RunSpec) -> Iterator[None]:
+    """A network of the user's that leaves the process ends its run alone."""
+    try:
+        yield
+    except SystemExit as error:
+        raise GradflowError(f"{spec.name}: its network called sys.exit({error.code})") from None
 
 
 def _read_checkpoint(attempt: Path, spec: RunSpec, data: Data) -> dict[str, Any] | None:
@@ -142,6 +152,7 @@ def _read_checkpoint(attempt: Path, spec: RunSpec, data: Data) -> dict[str, Any]
 
 
 def _compute(
+    network: nn.Module,
     spec: RunSpec,
     data: Data,
     device: torch.device,
@@ -160,7 +171,6 @@ def _compute(
         writer.update(resumed=[*attempts, attempt])
     else:
         writer.update(environment=here)
-    network = _network(spec, data, device, ranks)
     steps = spec.updates(len(data.train))
     tell({"event": "begin", "run": spec.name, "steps": steps, "path": str(writer.path)})
     certificate = {
@@ -342,7 +352,7 @@ def _synchronised(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _try_out(network: nn.Module, spec: RunSpec, data: Data) -> None:
-    """Pass two images through a user's network, in both modes, before anything is trained.
+    """Pass two images through a user's network, in both modes and back, before a run is begun.
 
     Raises:
         GradflowError: it cannot take them, returns no logits, or has nothing to train.
@@ -354,22 +364,33 @@ def _try_out(network: nn.Module, spec: RunSpec, data: Data) -> None:
         network.train(training)
         kept = [] if not training else [(buffer, buffer.clone()) for buffer in network.buffers()]
         try:
-            with torch.no_grad(), torch.random.fork_rng():
+            with torch.set_grad_enabled(training), torch.random.fork_rng():
                 seed_step(spec.seed, 0, 0)  # lazy layers draw their parameters here
                 logits = network(images)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise GradflowError(
-                f"{label}: images {list(images.shape)} do not pass{mode}: {reason}"
+                f"{label}: images {list(images.shape)} do not pass{mode}: {_reason(error)}"
             ) from error
-        for buffer, before in kept:
-            buffer.copy_(before)
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
         found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         if found != wanted:
             hint = " alone: switch other heads off, e.g. by {aux_logits:false}" if training else ""
             raise GradflowError(f"{label}: returns {found}{mode}, wants logits {wanted}{hint}")
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise GradflowError(f"{label}: has no parameters to train")
+    try:
+        logits.sum().backward()
+    except Exception as error:
+        hint = _reason(error) if logits.requires_grad else "they are detached from its parameters"
+        raise GradflowError(f"{label}: its logits have no gradient: {hint}") from error
+    network.zero_grad()
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what it says."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _dtype(spec: RunSpec) -> torch.dtype:

@@ -50,6 +50,23 @@ MODULE_COLUMNS: dict[str, pa.DataType] = {
     "calls": pa.int32(),
 }
 
+QUANTITIES = {
+    "modules": tuple(MODULE_COLUMNS),
+    "weights": ("weight_grad_norm", "weight_norm", "update_norm", "update_ratio", "grad_max",
+                "grad_nonfinite", "grad_zeros", "grad_subnormals", "grad_cosine", "noise_scale",
+                "grad_rank"),
+    "outputs": ("output_rms", "output_grad_norm", "output_max", "output_nonfinite",
+                "output_spread", "output_grad_zeros", "output_grad_subnormals", "dead_units"),
+    "blocks": ("branch_rms", "skip_rms", "branch_grad_norm", "skip_grad_norm",
+               "branch_x_grad_norm", "x_grad_cosine"),
+    "steps": ("loss", "accuracy", "lr", "grad_norm"),
+    "evaluations": ("loss", "accuracy", "top5"),
+    "flight": ("value",),
+    "probes": ("value",),
+}  # fmt: skip
+"""Value columns that one may ask for where no run has them; a loop's own come beside them. Those
+that `recording.quantities` measures are the same there, which a test compares."""
+
 Meanings = Mapping[str, Mapping[str, str]]
 """Quantity -> its `meaning` and `unit`, stamped into the column's metadata."""
 

@@ -156,13 +156,17 @@ _ONLY_WITH = {
 # --- checks: a value in any spelling -> its canonical form, or ValueError(what is allowed) --------
 
 
+_MOST = 2**63 - 1  # that a column of a table can hold
+
+
 def _integer(low: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         whole = (
             isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
         )
-        if not whole or not low <= value < 2**63:
-            raise ValueError(f"a whole number from {low}")
+        if not whole or not low <= value <= _MOST:
+            most = f" to {_MOST}" if whole and value > _MOST else ""
+            raise ValueError(f"a whole number from {low}{most}")
         return int(value)
 
     return check
@@ -194,7 +198,8 @@ def _choice(
             if spelled == value and type(spelled) is type(value):  # True == 1, but skip=1 is wrong
                 value = name
         if value not in names or not isinstance(value, str):
-            raise ValueError(", ".join(names))
+            switches = [_spelled(one) for one in aliases or () if isinstance(one, bool)]
+            raise ValueError(", ".join([*names, *switches]))
         return value
 
     check.allowed = names  # type: ignore[attr-defined]
@@ -785,6 +790,18 @@ class RunSpec:
         depth = "na" if self.depth is None else self.depth
         return f"{self.network.name}-{depth}-{self.skip or 'na'}-s{self.seed}-{self.run_id}"
 
+    def claims_beyond(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """What a user's network is said to be (`depth`, `width`, `skip`) beyond its arguments.
+
+        Runs are named and compared by these keys, but the network is made of its arguments alone: a
+        value that is not among them says nothing true.
+        """
+        if self.network.name != "custom":
+            return {}
+        passed = list(_scalars(args))
+        claims = {name: getattr(self, name) for name in NETWORK_KEYS["custom"]}
+        return {name: v for name, v in claims.items() if v is not None and v not in passed}
+
     def check_files(self) -> None:
         """Raise SpecError, without reading them, where files of the run's are missing."""
         self.data.check_files()
@@ -934,6 +951,15 @@ def _leaves(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from _leaves(value, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, value, item.metadata["omit"]
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    """All values of nested mappings and lists; a boolean as the skip that it stands for."""
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _scalars(item)
+    else:
+        yield _SKIP_ALIASES[value] if isinstance(value, bool) else value
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,7 @@ import os
 import shutil
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property, reduce
@@ -171,7 +172,7 @@ class RunWriter:
     Raises:
         Busy: another process is at work on the run; from any method, if it has taken it over.
         StoreError: the directory cannot be written, holds something else than a run, a run of the
-            other origin or a finished external one.
+            other origin or a finished external one; or its name would break a table's line.
     """
 
     def __init__(
@@ -183,6 +184,10 @@ class RunWriter:
         keep: Callable[[Path], int] = lambda attempt: 0,
     ):
         self.path = Path(path)
+        if not _is_one_line(self.path.name):
+            raise StoreError(
+                f"{str(path)!r}: a run's name has no line breaks or control characters"
+            )
         self._opened, self.spent = time.monotonic(), 0.0
         self.record: dict[str, Any] = {"origin": origin, "status": "running"}
         with _writing(self.path):
@@ -356,6 +361,10 @@ class RunWriter:
     def seconds(self) -> float:
         """Time spent on the run so far, without what was lost or paused between attempts."""
         return self.spent + time.monotonic() - self._opened
+
+
+def _is_one_line(name: str) -> bool:
+    return not any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in name)
 
 
 def _failure(error: BaseException | None) -> str:
@@ -731,6 +740,8 @@ class Runs:
         return pd.DataFrame({n: _column([r.get(n) for r in self._rows]) for n in self._labels()})
 
     def _labels(self) -> list[str]:
+        if not self.members:
+            return [*_IDENTITY, *RunSpec().columns(), *METRICS, *_OUTCOME]
         return list(dict.fromkeys(name for row in self._rows for name in row))
 
     def where(self, mask: ArrayLike | None = None, /, **fields: Any) -> Runs:
@@ -785,12 +796,15 @@ class Runs:
             and the quantity as columns. Runs whose files are damaged are named in `problems`.
 
         Raises:
-            SpecError: no such table, or no run has one of the fields.
+            SpecError: no such table; or no run has one of the fields, or has recorded a quantity or
+                a column of modules whose name is not gradflow's either.
         """
         quantities = None if quantity is None else _listed(quantity)
-        located = None if modules is None else tuple(modules)
+        located = None if modules is None else _listed(modules)
         at = None if steps is None else [int(step) for step in _listed(steps)]
         described = self._described(name, fields)
+        self._check_recorded(name, quantities or (), "")
+        self._check_recorded("modules", located or (), "modules=")
         parts = []
         for place, run in enumerate(self.members):
             with self._noting():
@@ -857,6 +871,20 @@ class Runs:
         values: dict[str, list[Any]] = {"run_id": [run.run_id for run in self.members]}
         values |= {field: [own.get(field) for own in self._columns] for field in chosen}
         return {label: _sorted_texts(_array(listed)) for label, listed in values.items()}
+
+    def _check_recorded(self, table: str, columns: Iterable[str], prefix: str) -> None:
+        """Refuse columns of a table that nobody knows: neither gradflow nor, by footers, a run."""
+        unknown = [name for name in columns if name not in schema.QUANTITIES[table]]
+        if not unknown or not self.members:
+            return
+        known = {*schema.QUANTITIES[table]}
+        for run in self.members:
+            with contextlib.suppress(StoreError):  # named where it is read
+                known.update(*(held.names for held in run.files(table).values()))
+        for name in unknown:
+            if name not in known:
+                near = _nearest(name, known)
+                raise SpecError(f"{prefix}{name}: no run has it in its table {table}{near}")
 
     def _varying(self) -> list[str]:
         seen: dict[str, set[Any]] = {}
@@ -926,27 +954,22 @@ class Runs:
         return found
 
 
+_IDENTITY = ("run_id", "run", "path", "origin", "status")
+_OUTCOME = ("parameter_count", "steps", "seconds", "recorder_share", "error")
+
+
 def _row(run: Run, columns: dict[str, Any]) -> dict[str, Any]:
     record = run.record
-    identity = {
-        "run_id": run.run_id,
-        "run": run.path.name,
-        "path": str(run.path),
-        "origin": record.get("origin"),
-        "status": run.status,
-    }
+    origin = record.get("origin")
+    own = (run.run_id, run.path.name, str(run.path), origin, run.status)
+    identity = dict(zip(_IDENTITY, own, strict=True))
+    certified = {"parameter_count": record.get("certificate", {}).get("parameter_count")}
     return (
         identity
         | columns
         | identity  # whatever a user's `meta` is called
         | {name: run.metrics.get(name) for name in METRICS}
-        | {
-            "parameter_count": record.get("certificate", {}).get("parameter_count"),
-            "steps": record.get("steps"),
-            "seconds": record.get("seconds"),
-            "recorder_share": record.get("recorder_share"),
-            "error": record.get("error"),
-        }
+        | {name: (record | certified).get(name) for name in _OUTCOME}
     )
 
 
@@ -1063,17 +1086,24 @@ def _column(values: list[Any]) -> Any:
 def load_runs(*runs_dirs: str | Path) -> Runs:
     """All runs below the given stores (default `runs`), finished or not, ours or a user's.
 
-    A directory that is given twice counts once. One without run.json and spec.json that can be
-    read is passed over and named in `problems`. Raises StoreError where a given directory does not
-    exist.
+    A directory that is given twice counts once. What has no trace of a run, such as the figures of
+    a report, is passed over; a run without run.json and spec.json that can be read is named in
+    `problems`, and so is a store that lies in the store: give its own path as well. Raises
+    StoreError where a given directory does not exist.
     """
     paths: dict[Path, Path] = {}
-    for directory in map(Path, runs_dirs or ("runs",)):
+    inner: dict[Path, Path] = {}
+    directories = [Path(directory) for directory in runs_dirs or ("runs",)]
+    for directory in directories:
         if not directory.is_dir():
             raise StoreError(f"{directory}: no such directory of runs")
         for path in run_directories(directory):
             paths.setdefault(path.resolve(), path)
-    members, problems = [], []
+        inner |= {path.resolve(): path for path in _stores(directory)}
+    for directory in directories:
+        inner.pop(directory.resolve(), None)
+    problems = [f"{path}: a store in the store; load it by its path" for path in inner.values()]
+    members = []
     for path in paths.values():
         try:
             members.append(Run(path))
@@ -1086,4 +1116,22 @@ def run_directories(directory: Path) -> list[Path]:
     """Where runs may lie: the directory itself, if it is one, else those directly below it."""
     if (directory / "run.json").exists():
         return [directory]
+    return [path for path in _below(directory) if _has_trace(path)]
+
+
+def _stores(directory: Path) -> list[Path]:
+    """Directories directly below that are no runs, but hold some."""
+    return [p for p in _below(directory) if not _has_trace(p) and any(p.glob("*/run.json"))]
+
+
+def _below(directory: Path) -> list[Path]:
     return sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _has_trace(path: Path) -> bool:
+    """Whether a run has been begun there, or cannot be looked for."""
+    try:
+        names = [entry.name for entry in os.scandir(path)]
+    except OSError:
+        return True
+    return any(n in ("run.json", "spec.json") or n.startswith("attempt-") for n in names)

@@ -189,6 +189,53 @@ def test_custom_targets_that_do_not_work(
     assert "\n" not in str(caught.value)
 
 
+LABELLED = """
+from torch import nn
+def plain(): return nn.Linear(2, 2)
+def deep(depth, skip=True, k=1): return nn.Linear(2, 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "keys", "refused"),
+    [
+        ("plain", {}, {"skip": False}, None),
+        ("plain", {}, {"depth": 3}, "depth=3"),
+        ("plain", {}, {"skip": True}, "skip=identity"),
+        ("deep", {"depth": 3}, {"depth": 3, "skip": True}, None),
+        ("deep", {"depth": 3}, {"depth": 3, "skip": "identity"}, None),
+        ("deep", {"depth": 3, "skip": False}, {"depth": 3, "skip": "none"}, None),
+        ("deep", {"depth": 3, "skip": False}, {"skip": True}, "skip=identity"),
+        ("deep", {"depth": 3}, {"depth": 6}, "depth=6"),
+        ("deep", {"depth": 3}, {"skip": False}, "skip=none"),
+        ("deep", {"depth": 3, "k": [1, {"n": 8}]}, {"width": 8}, None),
+        ("deep", {"depth": 3}, {"width": 8}, "width=8"),
+    ],
+)
+def test_a_custom_network_is_what_the_keys_that_name_it_say(
+    target: str,
+    args: dict[str, object],
+    keys: dict[str, object],
+    refused: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "gradflow_labelled.py").write_text(LABELLED)
+    monkeypatch.syspath_prepend(tmp_path)
+    target = f"gradflow_labelled.{target}"
+    spec = RunSpec(network={"target": target, "args": args}, **keys)  # type: ignore[arg-type]
+    if refused is None:
+        assert isinstance(build(spec, in_channels=1, num_classes=2), nn.Linear)
+        return
+    with pytest.raises(SpecError) as caught:
+        build(spec, in_channels=1, num_classes=2)
+    name = refused.partition("=")[0]
+    assert str(caught.value) == (
+        f"{refused}: {target} is not called with it; network.args={{{name}:'${{{name}}}'}} "
+        "passes it on"
+    )
+
+
 def test_custom_arguments_that_do_not_fit() -> None:
     with pytest.raises(SpecError, match="the call failed: TypeError"):
         custom("torch.nn.Linear", features=4)

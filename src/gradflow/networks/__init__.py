@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Callable
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -154,8 +157,13 @@ def _skip(spec: RunSpec, block: int, blocks: int, channels: int) -> Skip:
     )
 
 
-def _custom(spec: RunSpec) -> nn.Module:
-    """What `network.target` makes of `network.args`."""
+def callable_of(spec: RunSpec) -> Callable[..., Any]:
+    """What `network.target` names.
+
+    Raises:
+        SpecError: it cannot be imported or is no callable; or `depth`, `width` or `skip` is set
+            and is neither among `network.args` nor the callable's own default.
+    """
     target, args = spec.network.target, spec.network.args
     assert target is not None
     assert args is not None
@@ -166,6 +174,32 @@ def _custom(spec: RunSpec) -> nn.Module:
         raise SpecError(f"network.target={target}: cannot be imported: {_said(error)}") from error
     if not callable(make):
         raise SpecError(f"network.target={target}: is a {type(make).__name__}, not a callable")
+    for name, value in spec.claims_beyond(_defaults(make) | args).items():
+        raise SpecError(
+            f"{name}={value}: {target} is not called with it; network.args={{{name}:'${{{name}}}'}}"
+            " passes it on"
+        )
+    return make
+
+
+def _defaults(make: Callable[..., Any]) -> dict[str, Any]:
+    """Defaults of the parameters that are called like a key of a custom network.
+
+    One that knows of no skip may be called plain.
+    """
+    try:
+        parameters = inspect.signature(make).parameters
+    except (ValueError, TypeError):  # of something built in
+        parameters = MappingProxyType({})
+    found = {
+        name: parameters[name].default for name in NETWORK_KEYS["custom"] if name in parameters
+    }
+    return {"skip": "none"} | found
+
+
+def _custom(spec: RunSpec) -> nn.Module:
+    """What `network.target` makes of `network.args`."""
+    make, target, args = callable_of(spec), spec.network.target, spec.network.args or {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(spec.seed, "network.target"))
         try:
