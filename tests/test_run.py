@@ -13,6 +13,7 @@ import gradflow
 from gradflow.data import Batches, load_data
 from gradflow.errors import GradflowError, SpecError
 from gradflow.networks import build
+from gradflow.run import _try_out
 from gradflow.spec import RunSpec
 
 TINY = {"depth": 8, "width": 4, "batch_size": 100, "max_steps": 3}
@@ -210,6 +211,17 @@ def test_a_network_of_the_users_own(run, tmp_path, monkeypatch):
     # A mistake leaves nothing: two runs of `make`, of 3 and 4 updates, are all there is.
     assert [one.status for one in gradflow.load_runs(tmp_path / "runs")] == ["done"] * 2
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_trying_out_leaves_a_network_as_it_was():
+    args = {"name": "cifar", "depth": 8, "width": 4, "in_channels": 1}
+    spec = RunSpec(network={"target": "gradflow.build_network", "args": args})
+    network = _network(spec)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    _try_out(network, spec, load_data(spec.data))
+    assert any(name.endswith("running_mean") for name in before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_a_users_files_are_read_again_before_a_run_is_reused(run, tmp_path):

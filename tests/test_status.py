@@ -155,7 +155,7 @@ def test_many_runs_are_told_in_short_and_without_what_draws(tmp_path, command):
     )
     out = command("-c", code).stdout.splitlines()
     assert (
-        f"{report.TOLD_RUNS + 1} runs: python -m analysis tells what the gradient did in each"
+        f"{report.TOLD_RUNS + 1} runs: python -m gradflow.report RUNS tells what the gradient did in each"
         in out
     )
     assert out[-1] == "[]"

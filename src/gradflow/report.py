@@ -8,7 +8,6 @@ Everything on the page is computed from what was recorded; nothing is trained or
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -20,7 +19,18 @@ from typing import Any, NoReturn
 
 import pandas as pd
 
-from gradflow import atlas, cache, captions, reading, serve, status, styles, tables, verdicts
+from gradflow import (
+    atlas,
+    cache,
+    captions,
+    interrupt,
+    reading,
+    serve,
+    status,
+    styles,
+    tables,
+    verdicts,
+)
 from gradflow.cache import Cache
 from gradflow.errors import GradflowError
 from gradflow.findings import Finding
@@ -728,10 +738,8 @@ def _print_text(places: Sequence[str]) -> None:
     if len(runs) or not standing:
         check_any(runs, places)
         standing = "\n\n".join(filter(None, [standing, text_report(runs)]))
-    try:
-        print(standing, flush=True)
-    except BrokenPipeError:  # `head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with interrupt.reader_may_leave():
+        print(standing)
 
 
 def check_any(runs: Runs, places: Sequence[str]) -> None:

@@ -371,9 +371,6 @@ def _try_out(network: nn.Module, spec: RunSpec, data: Data) -> None:
             raise GradflowError(
                 f"{label}: images {list(images.shape)} do not pass{mode}: {_reason(error)}"
             ) from error
-        with torch.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
         found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         if found != wanted:
             hint = " alone: switch other heads off, e.g. by {aux_logits:false}" if training else ""
@@ -386,6 +383,9 @@ def _try_out(network: nn.Module, spec: RunSpec, data: Data) -> None:
         hint = _reason(error) if logits.requires_grad else "they are detached from its parameters"
         raise GradflowError(f"{label}: its logits have no gradient: {hint}") from error
     network.zero_grad()
+    with torch.no_grad():  # not before: the way back needs what the pass there left
+        for buffer, before in kept:
+            buffer.copy_(before)
 
 
 def _reason(error: Exception) -> str:
