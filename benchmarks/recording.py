@@ -264,7 +264,7 @@ ARMS: dict[str, Arm] = {
     ),
     "default": Arm(
         _gradflow,
-        "gradient and weight norms every step, outputs and blocks every tenth",
+        "gradient norms every step; weights, outputs and blocks every tenth",
         ours=True,
     ),
     "updates": Arm(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -239,7 +240,8 @@ class _Block:
         self.places, self.counts = places, [_count(like[place]) for place in places]
         self._rows = torch.zeros(sum(self.counts), _ROW)
         self._joined: list[tuple[list[int], Tensor]] = []
-        self._single: list[tuple[int, Tensor]] = []
+        self._single: list[int] = []
+        self._copies: list[Tensor] = []
         first = 0
         for _, group in groupby(places, lambda place: (like[place].shape, like[place].dtype)):
             alike = list(group)
@@ -247,9 +249,9 @@ class _Block:
                 self._joined.append((alike, self._lay(first, torch.cat(_at(alike, like)))))
             else:
                 count = _count(like[alike[0]])
-                self._single += [
-                    (place, self._lay(first + i * count, like[place]))
-                    for i, place in enumerate(alike)
+                self._single += alike
+                self._copies += [
+                    self._lay(first + i * count, like[place]) for i, place in enumerate(alike)
                 ]
             first += sum(_count(like[place]) for place in alike)
 
@@ -261,16 +263,15 @@ class _Block:
     def measure(
         self, tensors: Sequence[Tensor], less: Sequence[Tensor] | None, scale: float
     ) -> None:
-        places, copies = [place for place, _ in self._single], [copy for _, copy in self._single]
         for alike, values in self._joined:
             _join(_at(alike, tensors), values)
-        if places:
-            torch._foreach_copy_(copies, _at(places, tensors))
+        if self._single:
+            torch._foreach_copy_(self._copies, _at(self._single, tensors))
         if less is not None:
             for alike, values in self._joined:
                 values.sub_(torch.cat(_at(alike, less)))
-            if places:
-                torch._foreach_sub_(copies, _at(places, less))
+            if self._single:
+                torch._foreach_sub_(self._copies, _at(self._single, less))
         if scale != 1:
             self._rows.mul_(scale)
         torch.linalg.vector_norm(self._rows, dim=1, out=self.out)
@@ -284,10 +285,14 @@ class _Large:
     def __init__(self, places: list[int], like: Sequence[Tensor]):
         self.places, self.counts = places, [_count(like[place]) for place in places]
 
+    @cached_property
+    def _rows(self) -> tuple[Tensor, ...]:
+        return self.out.split(self.counts)
+
     def measure(
         self, tensors: Sequence[Tensor], less: Sequence[Tensor] | None, scale: float
     ) -> None:
-        for place, rows in zip(self.places, self.out.split(self.counts), strict=True):
+        for place, rows in zip(self.places, self._rows, strict=True):
             tensor = tensors[place] if less is None else _less(tensors[place], less[place])
             _row_norms(tensor if scale == 1 else tensor.float() * scale, rows)
 

@@ -365,19 +365,22 @@ class Recorder:
         self.alarm = step
         return True
 
-    def _record_weights(self, optimizer: Optimizer | None, scale: Tensor | None) -> Tensor | None:
+    def _record_weights(
+        self, optimizer: Optimizer | None, scale: Tensor | None
+    ) -> Tensor | float | None:
         """The step's row of the table `weights`, if it measures one; the norm of all gradients."""
         gradients = self._weights.gradients(optimizer)
         left = scale if self._updates.are_scaled(optimizer) else None
         found = self._weights.measure(gradients, left)
         self._passes.say_what_is_unread(found.measured)
-        if not found.measured.any():
+        is_known = any(gradient is not None for gradient in gradients)
+        if not is_known:
             self._passes.say_what_is_missing()
         follows = self._schedules.get("grad_cosine")
         keep = follows is not None and follows(self.next_step + 1)
         wanted, count = self._passes.wanted.of("weights"), self._passes.count
         self._weights.record(wanted, self.next_step, gradients, found, (left, scale), count, keep)
-        return torch.linalg.vector_norm(found.norms) if found.measured.any() else None
+        return _total(found.norms) if is_known else None
 
     def _over_ranks(self, values: dict[str, Any]) -> dict[str, Any]:
         """Means over the ranks, of what there is."""
@@ -670,6 +673,14 @@ def unseen(model: nn.Module) -> Iterator[None]:
             if not parts.isdisjoint(recorder.model.modules()):
                 stack.enter_context(recorder.paused())
         yield
+
+
+def _total(norms: Tensor) -> Tensor | float:
+    """The norm of several together, as `_kept` takes it."""
+    if norms.device.type != "cpu":
+        return torch.linalg.vector_norm(norms)
+    values = norms.numpy()
+    return math.sqrt(values.dot(values))
 
 
 def _kept(value: Tensor | float) -> Any:
