@@ -457,25 +457,6 @@ def test_what_a_users_network_raises_is_shown_and_where_its_run_lies_is_said_las
     assert load_runs(tmp_path / "runs").members[0].status == "failed"
 
 
-def test_after_a_mistake_is_mended_a_sweep_computes_the_run(main, tmp_path, monkeypatch):
-    module = tmp_path / "mended.py"
-    module.write_text("def make(): raise RuntimeError('as written')\n")
-    asked = ["-m", "network.target=mended.make", "seed=0", "max_steps=0", "jobs=1"]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    monkeypatch.syspath_prepend(tmp_path)
-    code, out, _ = main(*asked)
-    assert code == 1
-    assert "network.target=mended.make: the call failed: RuntimeError: as written" in out
-    assert not load_runs(tmp_path / "runs").members
-    module.write_text(
-        "from torch import nn\n"
-        "def make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # as it should be\n"
-    )
-    code, out, err = main(*asked)
-    assert code == 0, err
-    assert out == "1 run: 1 done.\n"
-
-
 def test_ctrl_c_leaves_an_interrupted_run_that_can_be_read(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "gradflow", *TINY, "max_steps=100000"],

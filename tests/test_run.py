@@ -208,9 +208,8 @@ def test_a_network_of_the_users_own(run, tmp_path, monkeypatch):
         with pytest.raises(GradflowError, match=message) as caught:
             run(**own | {"network": {"target": f"mynet.{name}"}})
         assert "\n" not in str(caught.value)
-    # A mistake leaves nothing: two runs of `make`, of 3 and 4 updates, are all there is.
-    assert [one.status for one in gradflow.load_runs(tmp_path / "runs")] == ["done"] * 2
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+    statuses = [one.status for one in gradflow.load_runs(tmp_path / "runs")]
+    assert sorted(statuses) == ["done"] * 2 + ["failed"] * 6  # none of what cannot be imported
 
 
 def test_trying_out_leaves_a_network_as_it_was():

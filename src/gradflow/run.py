@@ -9,7 +9,7 @@ import itertools
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradflow.data import Batches, Data, consumed_digest, load_data, seed_step
 from gradflow.environment import environment
 from gradflow.errors import GradflowError
-from gradflow.networks import build
+from gradflow.networks import build, callable_of
 from gradflow.networks.freezing import freeze_all_but_last
 from gradflow.probe import measure, readout_seed, table
 from gradflow.ranks import Group, Ranks, check
@@ -96,13 +96,11 @@ def _run(store: Path, spec: RunSpec, execution: Execution, tell: Emit) -> tuple[
     check(spec, execution, device.type)
     set_up_process(execution.threads, execution.devices)
     data = load_data(spec.data)
-    # A single pass is not worth other processes.
-    alone = replace(execution, devices=1, nodes=1) if spec.max_steps == 0 else execution
-    group = Group(spec, alone, device.type, torch.get_num_threads())
-    # Before the run's directory is made: what cannot be is a mistake, and no run.
+    # Before the run's directory is made: what cannot be is a mistake, and no run. To build the
+    # network may take long, and is for the process alone that holds the run.
     Batches(data.train, batch_size=spec.batch_size, accumulate=spec.accumulate)
-    with _exits_named(spec):
-        network = _network(spec, data, device, group.ranks)
+    if spec.network.name == "custom":
+        callable_of(spec)
     state: dict[str, Any] = {}
 
     def keep(attempt: Path) -> int:
@@ -117,19 +115,16 @@ def _run(store: Path, spec: RunSpec, execution: Execution, tell: Emit) -> tuple[
         writer = RunWriter(store / spec.name, spec.to_dict(), keep=keep)
     except _DoneMeanwhile as done:
         return done.args[0], True
+    # A single pass is not worth other processes.
+    alone = replace(execution, devices=1, nodes=1) if spec.max_steps == 0 else execution
+    group = Group(spec, alone, device.type, torch.get_num_threads())
     mirror = Mirror(execution.logger)  # closed last: it mirrors what the record has become
-    with mirror, writer, group, _exits_named(spec):
-        _compute(network, spec, data, device, writer, state, mirror, tell, group)
+    with mirror, writer, group:
+        try:
+            _compute(spec, data, device, writer, state, mirror, tell, group)
+        except SystemExit as error:  # in a network of the user's
+            raise GradflowError(f"{spec.name}: its network called sys.exit({error.code})") from None
     return Run(writer.path), False
-
-
-@contextlib.contextmanager
-def _exits_named(spec: RunSpec) -> Iterator[None]:
-    """A network of the user's that leaves the process ends its run alone."""
-    try:
-        yield
-    except SystemExit as error:
-        raise GradflowError(f"{spec.name}: its network called sys.exit({error.code})") from None
 
 
 def _read_checkpoint(attempt: Path, spec: RunSpec, data: Data) -> dict[str, Any] | None:
@@ -152,7 +147,6 @@ def _read_checkpoint(attempt: Path, spec: RunSpec, data: Data) -> dict[str, Any]
 
 
 def _compute(
-    network: nn.Module,
     spec: RunSpec,
     data: Data,
     device: torch.device,
@@ -171,6 +165,7 @@ def _compute(
         writer.update(resumed=[*attempts, attempt])
     else:
         writer.update(environment=here)
+    network = _network(spec, data, device, ranks)
     steps = spec.updates(len(data.train))
     tell({"event": "begin", "run": spec.name, "steps": steps, "path": str(writer.path)})
     certificate = {
@@ -352,7 +347,7 @@ def _synchronised(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _try_out(network: nn.Module, spec: RunSpec, data: Data) -> None:
-    """Pass two images through a user's network, in both modes and back, before a run is begun.
+    """Pass two images through a user's network, in both modes and back, before it is trained.
 
     Raises:
         GradflowError: it cannot take them, returns no logits, or has nothing to train.
