@@ -94,6 +94,11 @@ def record(tmp_path, spec):
     return Run(tmp_path / "runs" / spec.name).record
 
 
+def is_done(tmp_path, spec):
+    begun = (tmp_path / "runs" / spec.name / "run.json").exists()
+    return begun and record(tmp_path, spec)["status"] == "done"
+
+
 def test_a_sweep_of_twelve_with_one_failing_one_killed_and_one_preempted(cluster, start, tmp_path):
     go = tmp_path / "go"
     failing, killed = spec(20, do="raise"), spec(21, do="die")
@@ -141,7 +146,7 @@ def test_what_became_of_a_job_is_told_and_does_not_stop_the_rest(cluster, start,
     place(tmp_path, hoard)
     cluster.call("scancel", place(tmp_path, cancelled)["job"])
     at = place(tmp_path, failed)
-    eventually(lambda: record(tmp_path, fine)["status"] == "done")
+    eventually(lambda: is_done(tmp_path, fine))
     eventually(lambda: len(cluster.call("squeue", "--noheader").splitlines()) == 1)
     cluster.call("scontrol", "update", f"NodeName={at['node']}", "State=DOWN", "Reason=test")
     _, result = finish(sweep, 1)
