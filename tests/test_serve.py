@@ -233,6 +233,17 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path, kind):
     assert not list((tmp_path / "report").glob(".new-*"))
 
 
+def test_an_interrupt_within_a_librarys_exec_ends_it_as_any_other(tmp_path):
+    (tmp_path / "serving.py").write_text(
+        "import sys; from gradflow import serve\n"
+        "serve.Live.look = lambda self: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(serve.serve(['.'], 'report', lambda: None, host='127.0.0.1', port=0))"
+    )
+    command = [sys.executable, "-m", "serving"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_the_command_says_that_a_port_is_taken(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

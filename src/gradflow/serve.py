@@ -160,6 +160,9 @@ def serve(
             if live.look():
                 print(f"{time.strftime('%H:%M:%S')}: report made", flush=True)
             time.sleep(LOOK)
+    # An interrupt within some library's `exec`, caught or not, has CPython end itself by SIGINT
+    # later, unless another one has ended well.
+    exec("")
     return 0
 
 
