@@ -6,7 +6,8 @@
   gradflow adds to a step for them.
 - `buffers`: what a recorder of a network of 152 layers holds.
 - `run`: a training step of gradflow's own runs (Lightning, recorder, store, evaluations) over one
-  of a bare loop on the same network and batches, in turn.
+  of a bare loop on the same network and batches: in turn in one process, and each in a process of
+  its own, where the bare loop has not what a run sets for its process.
 - `start`: from the start of `python -m gradflow` to its first training step, over a process that
   does no more than import torch, Lightning and Hydra.
 """
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.optim import SGD
 
 from benchmarks import recording
 from benchmarks.recording import TASKS, machine, median_interval
@@ -35,7 +38,7 @@ from gradflow.networks import build
 from gradflow.run import set_up_process
 from gradflow.spec import RecordSpec
 
-REPEATS = 5
+REPEATS = 7
 
 
 def _median_seconds(call: Callable[[], Any], repeats: int = 200) -> float:
@@ -111,16 +114,15 @@ def buffers(quantities: str, task: str = "152") -> str:
 
 
 def _bare_steps(spec: RunSpec) -> Iterator[float]:
-    """Seconds of each step of a plain loop: the run's network, batch size, data and optimizer."""
-    from gradflow.training.module import make_optimizer
-
+    """Seconds of each step of a plain loop: the run's network, batch size, data and optimizer, this
+    as PyTorch makes it unless told otherwise."""
     data = load_data(spec.data)
     assert isinstance(data.train, Split)
     images = data.train.images.to(memory_format=torch.channels_last)
     network = build(spec, in_channels=data.inputs(spec.network.name), num_classes=data.num_classes)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.train()
-    optimizer = make_optimizer(network, spec)
+    optimizer = SGD(network.parameters(), lr=spec.lr, momentum=0.9, weight_decay=spec.weight_decay)
     generator = torch.Generator().manual_seed(0)
     while True:
         for indices in torch.randperm(len(images), generator=generator).split(spec.batch_size):
@@ -132,23 +134,20 @@ def _bare_steps(spec: RunSpec) -> Iterator[float]:
             yield time.perf_counter() - began
 
 
-def whole_steps(spec: RunSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of a run's steps, from one's start to the next one's, and of bare steps between.
-
-    Before each of the run's steps a bare one is taken, in the same process. What the run does at an
-    epoch's end, evaluations and checkpoints, is in the step before.
-    """
+def run_steps(spec: RunSpec, between: Callable[[], object]) -> list[float]:
+    """Seconds of each step of a run, from one's start to the next one's, less what `between` takes,
+    which is called before each. What a run does at an epoch's end, evaluations and checkpoints, is
+    in the step before."""
     from gradflow.training.module import Classifier
 
-    bare_step, original = _bare_steps(spec), Classifier.training_step
-    whole: list[float] = []
-    bare: list[float] = []
+    original = Classifier.training_step
+    taken: list[float] = []
     mark = 0.0
 
     def training_step(self: Classifier, *arguments: Any) -> Tensor:
         nonlocal mark
-        whole.append(time.perf_counter() - mark)
-        bare.append(next(bare_step))
+        taken.append(time.perf_counter() - mark)
+        between()
         mark = time.perf_counter()
         return original(self, *arguments)
 
@@ -158,19 +157,58 @@ def whole_steps(spec: RunSpec) -> tuple[np.ndarray, np.ndarray]:
             run(spec, runs_dir=store, threads=1)
     finally:
         Classifier.training_step = original  # type: ignore[method-assign]
-    settled = recording.WARM_UP
-    return np.array(whole[settled:]), np.array(bare[settled:])
+    return taken
+
+
+def _spec(steps: int, record: str, depth: int) -> RunSpec:
+    return RunSpec(depth=depth, record=RecordSpec(record), max_steps=steps + recording.WARM_UP)
 
 
 def whole_run(steps: int, record: str = "default", depth: int = 56) -> str:
-    """A line: the run's step over the bare one."""
-    spec = RunSpec(depth=depth, record=RecordSpec(record), max_steps=steps + recording.WARM_UP)
-    whole, bare = whole_steps(spec)
+    """A line: the run's step over the bare one, in turn in this process."""
+    spec = _spec(steps, record, depth)
+    bare_step, bare_taken = _bare_steps(spec), list[float]()
+    taken = run_steps(spec, lambda: bare_taken.append(next(bare_step)))
+    whole, bare = (np.array(seconds[recording.WARM_UP :]) for seconds in (taken, bare_taken))
     median, low, high = median_interval(whole / bare)
     return (
         f"gradflow's run, depth {depth}, record={record}: a step over a bare one "
         f"({np.median(bare) * 1e3:.1f} ms): median {median:.3f} [{low:.3f}, {high:.3f}], "
         f"mean, with the evaluations, {whole.sum() / bare.sum():.3f}"
+    )
+
+
+def median_step(what: str, steps: int, record: str, depth: int) -> float:
+    """Median seconds of a step of this process's `bare` loop or `run`."""
+    spec = _spec(steps, record, depth)
+    if what == "run":
+        taken = run_steps(spec, lambda: None)
+    else:
+        taken = list(itertools.islice(_bare_steps(spec), spec.max_steps))
+    return statistics.median(taken[recording.WARM_UP :])
+
+
+_ALONE = """
+import sys, torch
+from benchmarks.limits import median_step
+torch.set_num_threads(1)
+print(median_step(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
+"""
+
+
+def alone(steps: int, record: str = "default", depth: int = 56) -> str:
+    """A line: the run's step over the bare one, each in a process of its own, in turn."""
+    ratios = []
+    for _ in range(REPEATS):
+        bare, whole = (
+            float(subprocess.check_output([sys.executable, "-c", _ALONE, what, *given], text=True))
+            for given in [[str(steps), record, str(depth)]]
+            for what in ("bare", "run")
+        )
+        ratios.append(whole / bare)
+    told = ", ".join(f"{ratio:.3f}" for ratio in sorted(ratios))
+    return (
+        f"the same, each in a process of its own: median {statistics.median(ratios):.3f} of {told}"
     )
 
 
@@ -229,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(buffers("default"), buffers("all"), sep="\n", flush=True)
     if "run" in parts:
         for record in ("none", "default", "all"):
-            print(whole_run(given.steps, record), flush=True)
+            print(whole_run(given.steps, record), alone(given.steps, record), sep="\n", flush=True)
     if "start" in parts:
         print(start(), flush=True)
 
