@@ -85,7 +85,7 @@ class Classifier(pl.LightningModule):
 def make_optimizer(network: nn.Module, spec: RunSpec) -> torch.optim.Optimizer:
     """The spec's optimizer over all parameters, weight decay on all of them (He et al. 2015)."""
     parameters = list(network.parameters())
-    options = {"lr": spec.lr, "weight_decay": spec.weight_decay}
+    options: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
     # On CPUs PyTorch goes through the parameters one by one unless told otherwise. Fused kernels
     # take no sparse gradients, which others' networks may have, and unscale and clip by themselves.
     if parameters[0].device.type == "cpu" and spec.precision in ("fp32", "fp64"):
