@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import patients
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import gradflow
-from gradflow import diagnosis, probes, tables
+from gradflow import diagnosis, probes, schema, tables
 from gradflow.diagnosis import diagnose_run, diagnose_tables
 from gradflow.errors import GradflowError
 from gradflow.recording import elements
@@ -584,6 +585,48 @@ def test_zeros_beside_a_gradient_at_the_end_of_float32_are_underflow():
     found = diagnose_tables(profile_of(norms))
     assert found.names == ("underflow", "vanishing")
     assert "at most" in found.findings[1].sentence
+
+
+def arrow(frame):
+    return schema.to_pandas(pa.Table.from_pandas(frame, preserve_index=False))
+
+
+def categories(frame):
+    return frame.astype(dict.fromkeys(["layer", "kind", "shape"], "category"))
+
+
+def shuffled(frame):
+    return frame.sample(frac=1, random_state=0)
+
+
+@pytest.mark.parametrize("other", [arrow, categories, shuffled])
+@pytest.mark.parametrize("patient", [("exploding_bn", 44), ("dead", 8, 64), ("rezero",)])
+def test_the_same_is_said_of_frames_of_other_types_and_orders(patient, other):
+    """Of columns that are measured in each row: numpy has no null."""
+    name, *sizes = patient
+    frames = examined(getattr(patients, name), *sizes).tables
+    texts = dict.fromkeys(["layer", "kind", "shape"], object)
+    measured = [frames[table].dropna(axis=1) for table in ("weights", "outputs")]
+    plain = [frame.astype({name: texts.get(name, float) for name in frame}) for frame in measured]
+    expected, found = diagnose_tables(*plain), diagnose_tables(*map(other, plain))
+    assert found.findings == expected.findings
+    assert str(found) == str(expected)
+    assert found.tables["outputs"].equals(other(plain[1]))
+
+
+def test_a_null_was_not_measured_and_a_nan_was():
+    norms = [1.0, None, math.nan, 1.0, 1.0, 1.0]
+    frame = profile_of(norms)
+    assert diagnose_tables(frame).findings[0].layers == ("layers.1", "layers.2")
+    frame["weight_grad_norm"] = pd.Series(pa.array(norms), dtype=pd.ArrowDtype(pa.float64()))
+    assert diagnose_tables(frame).findings[0].layers == ("layers.2",)
+
+
+def test_without_stages_and_shapes_there_is_a_change_and_no_rate():
+    frame = profile_of(0.5 ** np.arange(20, 0, -1.0)).drop(columns=["stage", "shape"])
+    (found,) = diagnose_tables(frame).findings
+    assert found.name == "vanishing"
+    assert "fewer than 5 like layers" in found.sentence
 
 
 def test_nothing_recorded_is_an_error_and_a_missing_step_too():

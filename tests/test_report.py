@@ -199,7 +199,7 @@ def test_what_is_not_told_is_not_diagnosed(tmp_path, monkeypatch):
     for seed in range(3):
         report_store.write_run(tmp_path, depth=8, skip="none", seed=seed)
     monkeypatch.setattr(report, "TOLD_RUNS", 2)
-    monkeypatch.setattr(diagnosis, "diagnose_tables", None)
+    monkeypatch.setattr(diagnosis, "_examine", None)
     told = "3 runs: python -m gradflow.report RUNS tells what the gradient did in each"
     assert told in report.text_report(load_runs(tmp_path))
 

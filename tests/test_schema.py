@@ -91,6 +91,15 @@ def test_frames_sort_group_and_search_by_layer() -> None:
     assert frame[frame["layer"] == "b"]["step"].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("order", [[0, 0, 1, 1, 4, 4], [4, 4, 0, 0, 1, 1], [0, 1, 4, 0, 1, 4], []])
+def test_steps_are_found_in_any_order_of_rows(order: list[int]) -> None:
+    data = schema.table("steps", {"step": order, "loss": np.arange(len(order), dtype=float)})
+    assert schema.steps_of(data).tolist() == sorted(set(order))
+    chosen = schema.narrowed(data, steps=[4, 0, 7])
+    assert chosen.to_pylist() == [row for row in data.to_pylist() if row["step"] in (0, 4)]
+    assert schema.narrowed(data, steps=[]).num_rows == 0
+
+
 def test_layers_get_the_columns_of_their_modules() -> None:
     modules = schema.table(
         "modules", {"layer": ["a", "b"], "position": [7, 8], "kind": ["x", None]}

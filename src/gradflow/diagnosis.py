@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from scipy.special import ndtri
 from gradflow import tables
 from gradflow.errors import GradflowError
 from gradflow.store import Run
+from gradflow.tables import Rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -238,11 +240,8 @@ def diagnose_tables(
     at = int(known[0]) if step is None else step
     if at not in known:
         raise GradflowError(f"step={at}: recorded are {known[0]} to {known[-1]}")
-    frames = {
-        name: _nearest(frame, at)
-        for name, frame in {"weights": weights, "outputs": outputs, "probes": probes}.items()
-    }
-    return _examine(_Record(**frames, loss=loss, known=_layers(weights, outputs)), at)
+    (found,) = _examined([at], loss, weights=weights, outputs=outputs, probes=probes)
+    return found
 
 
 def diagnose_run(run: Run) -> list[Examination]:
@@ -251,15 +250,23 @@ def diagnose_run(run: Run) -> list[Examination]:
     Raises:
         GradflowError: no gradient of weights was recorded, or a table is damaged.
     """
-    run = run.held()
-    recorded, measured = run.steps_of("weights"), run.steps_of("outputs")
-    if not recorded.size:
+    found = _at_ends(run)
+    if not found:
         raise GradflowError(NOTHING)
+    return found
+
+
+def _at_ends(run: Run) -> list[Examination]:
+    """`diagnose_run`; nothing where no gradient of weights was recorded."""
+    run = run.held()
+    recorded = run.steps_of("weights")
+    if not recorded.size:
+        return []
+    measured = run.steps_of("outputs")
     ends = sorted({int(recorded[0]), int(recorded[-1])})
     weights = run.with_modules("weights", ends)
     outputs = run.with_modules("outputs", [_before(measured, step) for step in ends])
-    probes = run.frame("probes")
-    return [diagnose_tables(weights, outputs, probes, step=step) for step in ends]
+    return _examined(ends, weights=weights, outputs=outputs, probes=run.frame("probes"))
 
 
 def diagnoses(run: Run) -> pd.DataFrame:
@@ -273,10 +280,7 @@ def diagnoses(run: Run) -> pd.DataFrame:
     Raises:
         StoreError: a table is damaged.
     """
-    run = run.held()
-    if not run.steps_of("weights").size:
-        return pd.DataFrame()
-    found = zip(("first", "last"), diagnose_run(run), strict=False)
+    found = zip(("first", "last"), _at_ends(run), strict=False)
     return pd.DataFrame([row for moment, one in found for row in _rows(moment, one)])
 
 
@@ -294,18 +298,37 @@ def _rows(moment: str, examined: Examination) -> list[dict[str, Any]]:
     return [about | row | rest for row in told]
 
 
+def _examined(
+    steps: Iterable[int], loss: float | None = None, **frames: pd.DataFrame | None
+) -> list[Examination]:
+    """What `weights`, `outputs` and `probes` show at each of some steps of `weights`."""
+    known, found = _layers(frames["weights"], frames["outputs"]), []
+    for step in steps:
+        here = {name: _nearest(frame, step) for name, frame in frames.items()}
+        found.append(_examine(_Record(**here, loss=loss, known=known), step))
+    return found
+
+
 def _layers(*frames: pd.DataFrame | None) -> tuple[str, ...]:
     """All layers of all steps, input side first: a step has no row of one without any value."""
-    parts = [f.drop_duplicates("layer") for f in frames if f is not None and not f.empty]
-    names = (name for part in parts for name in part.sort_values("position")["layer"])
-    return tuple(dict.fromkeys(map(str, names)))
+    names: dict[str, None] = {}
+    for frame in frames:
+        if frame is not None and not frame.empty:
+            first = ~frame["layer"].duplicated().to_numpy()
+            layers = np.asarray(frame["layer"].array[first], dtype=object)
+            places = tables.floats(frame["position"])[0][first]
+            names |= dict.fromkeys(layers[np.argsort(places, kind="stable")])
+    return tuple(names)
 
 
 def _nearest(frame: pd.DataFrame | None, step: int) -> pd.DataFrame:
     if frame is None or frame.empty:
         return pd.DataFrame()
     steps = frame["step"].to_numpy(dtype=int)
-    return frame[steps == _before(steps, step)]
+    here = np.flatnonzero(steps == _before(steps, step))
+    if here.size and here[-1] - here[0] == here.size - 1:  # as recorded: nothing is copied
+        return frame.iloc[here[0] : here[-1] + 1]
+    return frame.iloc[here]
 
 
 def _before(steps: NDArray[np.int64], step: int) -> int:
@@ -313,7 +336,6 @@ def _before(steps: NDArray[np.int64], step: int) -> int:
     return int(steps[steps <= step].max(initial=-1))
 
 
-_ABOUT = ("step", "layer", "kind", "position", "stage", "shape")
 _QUANTITIES = {
     "weight_grad_norm": "the norm of the weights' gradient",
     "output_grad_norm": "the norm of the outputs' gradient",
@@ -331,46 +353,80 @@ class _Record:
     known: tuple[str, ...] = ()
 
     @cached_property
-    def _asked(self) -> dict[str, pd.DataFrame]:
-        return {}
+    def _modules(self) -> tuple[Rows, Rows]:
+        """The rows of `weights` and of `outputs`."""
+        return tables.layer_rows(self.weights), tables.layer_rows(self.outputs)
 
     @cached_property
-    def _by_layer(self) -> dict[str, pd.Series]:
+    def _asked(self) -> dict[str, Rows]:
         return {}
+
+    def everywhere(self, quantity: str) -> Rows:
+        """Rows of the modules of all kinds in which it was measured, in the order of the table."""
+        if quantity not in self._asked:  # by several checks
+            self._asked[quantity] = self._find(quantity)
+        return self._asked[quantity]
+
+    def _find(self, quantity: str) -> Rows:
+        weights, outputs = self._modules
+        if quantity in self.outputs:
+            return tables.with_values(outputs, self.outputs[quantity])
+        if quantity in self.weights:
+            return tables.with_values(weights, self.weights[quantity])
+        return weights[:0]
+
+    def layers(self, quantity: str) -> Rows:
+        """Rows of convolutions and linear layers in which it was measured, input side first.
+
+        Of other modules with weights as well, where there are fewer than three of those.
+        """
+        rows = self.everywhere(quantity)
+        plain = (rows["kind"] == "conv") | (rows["kind"] == "linear")
+        if plain.sum() < ENDS:
+            matrix = np.array(["x" in str(shape) for shape in rows["shape"]], dtype=bool)
+            plain |= ~np.isin(rows["kind"], ("norm", "embedding", "block")) & matrix
+        rows = rows[plain]
+        return rows[np.argsort(rows["position"], kind="stable")]
+
+    @cached_property
+    def _places(self) -> dict[str, float]:
+        rows = np.concatenate(self._modules)
+        return _numbers(rows[~np.isnan(rows["position"])], "position")
+
+    def place(self, layer: str) -> float:
+        """Of the module of this name, counted from the input; −1 of one that is unknown."""
+        return self._places.get(layer, -1.0)
 
     @cached_property
     def changes(self) -> dict[str, _Change | None]:
-        """By quantity, what `_change` has found."""
-        return {}
+        """By quantity, how it changes."""
+        return {quantity: _change(self, quantity) for quantity in _QUANTITIES}
 
     @cached_property
     def unreached(self) -> tuple[str, ...]:
         """Layers that no gradient comes to, not even one of zero, where others have one."""
         norms = self.everywhere("weight_grad_norm")
-        if norms.empty:
+        if not len(norms):
             return ()
-        reached = {*norms.index, *self.everywhere("output_grad_norm").index}
+        reached = {*norms["layer"], *self.everywhere("output_grad_norm")["layer"]}
         return tuple(name for name in self.known if name not in reached)
 
     @cached_property
     def cut_off(self) -> tuple[str, ...]:
         """Those of them that are trainable, and were executed before others with a gradient."""
-        places = self.everywhere("entered").sort_values()
-        unreached = places.index.isin(self.unreached)
-        last = places[~unreached].max()
-        return tuple(places.index[unreached & (places < last).to_numpy(dtype=bool)])
+        rows = self.everywhere("entered")
+        places, unreached = rows["value"], _among(rows, self.unreached)
+        rows = rows[unreached & (places < places[~unreached].max(initial=-1.0))]
+        return tuple(rows["layer"][np.argsort(rows["value"], kind="stable")])
 
     @cached_property
-    def without_gradient(self) -> pd.DataFrame:
-        """Layers, with `blocked`: whether no gradient at all comes to what they put out.
+    def gradients(self) -> Rows:
+        """Layers, with the norm of the gradient that comes to what they put out.
 
         To what their weights are, where that of the outputs was not recorded.
         """
-        for quantity in reversed(_QUANTITIES):
-            rows = self.layers(quantity)
-            if len(rows):
-                return rows.assign(blocked=rows[quantity] == 0)
-        return pd.DataFrame({"layer": [], "position": [], "blocked": []})
+        outputs = self.layers("output_grad_norm")
+        return outputs if len(outputs) else self.layers("weight_grad_norm")
 
     @cached_property
     def passed_by(self) -> tuple[str, ...]:
@@ -379,16 +435,15 @@ class _Record:
         Layers nearer the input have a gradient, and the output of the next layer that has one
         varies: behind units that are off it would not.
         """
-        rows = self.without_gradient
-        blocked = rows["blocked"].to_numpy(dtype=bool)
+        names, blocked = self.gradients["layer"], self.gradients["value"] == 0
         if blocked.all() or not blocked.any():
             return ()
-        spread = self.everywhere("output_spread")
-        dull = {str(name) for name, share in spread.items() if share == 0}
+        spread = _numbers(self.everywhere("output_spread"))
+        dull = {name for name, share in spread.items() if share == 0}
         if "output_spread" in self.outputs:
-            dull |= set(rows["layer"]) - set(map(str, spread.index))
+            dull |= {*names} - {*spread}
         first, found, waiting = int(blocked.argmin()), [], []
-        for name, stopped in zip(rows["layer"][first:], blocked[first:], strict=True):
+        for name, stopped in zip(names[first:], blocked[first:], strict=True):
             if stopped:
                 waiting.append(name)
             else:
@@ -396,62 +451,17 @@ class _Record:
                 waiting = []
         return tuple(found)
 
-    def layers(self, quantity: str) -> pd.DataFrame:
-        """Rows of convolutions and linear layers in which it was measured, input side first.
-
-        Of other modules with weights as well, where there are fewer than three of those.
-        """
-        if quantity not in self._asked:  # by several checks
-            self._asked[quantity] = self._find_layers(quantity)
-        return self._asked[quantity]
-
-    def _find_layers(self, quantity: str) -> pd.DataFrame:
-        frame = self.outputs if quantity in self.outputs else self.weights
-        if quantity not in frame:
-            return pd.DataFrame(columns=["layer", "kind", "position", "shape", quantity])
-        columns = [*dict.fromkeys([*_ABOUT, quantity])]  # the others cost more than all else here
-        data = tables.measured(frame[[c for c in columns if c in frame]], quantity)
-        data = data.astype({"kind": object, "layer": object})
-        plain = data["kind"].isin(("conv", "linear"))
-        if plain.sum() < ENDS:
-            matrix = data["shape"].astype(str).str.contains("x")
-            plain |= ~data["kind"].isin(("norm", "embedding", "block")) & matrix
-        return data[plain].sort_values("position", ignore_index=True)
-
-    def everywhere(self, quantity: str) -> pd.Series:
-        """A measured quantity by layer, over all kinds of modules."""
-        if quantity not in self._by_layer:  # by several checks
-            self._by_layer[quantity] = self._find_everywhere(quantity)
-        return self._by_layer[quantity]
-
-    def _find_everywhere(self, quantity: str) -> pd.Series:
-        for frame in (self.weights, self.outputs):
-            if quantity in frame:
-                data = tables.measured(frame[["layer", quantity]], quantity)
-                return data.set_index(data["layer"].astype(object))[quantity]
-        return pd.Series(dtype=float)
-
-    def positions(self, layers: Iterable[str]) -> NDArray[np.float64]:
-        """Of the modules of these names, counted from the input; −1 of one that is unknown."""
-        known = {
-            str(name): float(place)
-            for frame in (self.outputs, self.weights)
-            if len(frame)
-            for name, place in zip(frame["layer"], frame["position"], strict=True)
-            if not pd.isna(place)
-        }
-        return np.array([known.get(name, -1.0) for name in layers])
-
     @cached_property
     def held_up(self) -> tuple[str, ...]:
         """Layers without gradient because a parameter behind them starts at zero: by design."""
-        zero = [str(name) for name, norm in self.everywhere("weight_norm").items() if norm == 0]
-        silent = self.silent
-        if not zero or not silent:
-            return ()
-        last = self.positions(zero).max()
-        places = self.positions(silent)
-        return tuple(np.array(silent, dtype=object)[places < last])
+        last = max(map(self.place, self.zero_weights), default=-1.0)
+        return tuple(name for name in self.silent if self.place(name) < last)
+
+    @cached_property
+    def zero_weights(self) -> tuple[str, ...]:
+        """Modules whose weights are all zero."""
+        norms = self.everywhere("weight_norm")
+        return tuple(norms["layer"][norms["value"] == 0])
 
     @cached_property
     def starved(self) -> str | None:
@@ -459,17 +469,47 @@ class _Record:
 
         Not where the outputs of any layer differ between inputs: other inputs come in elsewhere.
         """
+        sizes, norms = (_numbers(self.everywhere(name)) for name in ("output_rms", "weight_norm"))
         first = next(iter(self.layers("output_rms")["layer"]), None)
-        norms, sizes = self.everywhere("weight_norm"), self.everywhere("output_rms")
         if first is None or sizes[first] != 0 or not norms.get(first, 0.0) > 0:
             return None
-        return None if (self.everywhere("output_spread") > 0).any() else str(first)
+        return None if (self.everywhere("output_spread")["value"] > 0).any() else first
 
     @cached_property
     def silent(self) -> tuple[str, ...]:
         """Layers whose whole gradient is exactly zero."""
         rows = self.layers("weight_grad_norm")
-        return tuple(rows.loc[rows["weight_grad_norm"] == 0, "layer"])
+        return tuple(rows["layer"][rows["value"] == 0])
+
+    @cached_property
+    def underflowing(self) -> dict[str, float]:
+        """Layers whose gradient is mostly subnormal, with the share of its elements that are.
+
+        With 0 the silent ones toward the input from there.
+        """
+        named: dict[str, float] = {}
+        for prefix in _GRADIENTS.values():
+            zeros = _numbers(self.everywhere(f"{prefix}_zeros"))
+            for name, number in _numbers(self.everywhere(f"{prefix}_subnormals")).items():
+                share = number / max(1 - zeros.get(name, 0.0), 1e-12)
+                if share >= SUBNORMAL_SHARE:
+                    named[name] = max(named.get(name, 0.0), min(share, 1.0))
+        rows = self.layers("weight_grad_norm")
+        tiny = rows["layer"][(rows["value"] > 0) & (rows["value"] < VANISHINGLY_SMALL)]
+        last = max(map(self.place, {*tiny, *named}), default=-math.inf)
+        lost = [name for name in self.silent if self.place(name) <= last]
+        named |= {name: 0.0 for name in lost if name not in named}
+        return named if any(named.values()) or self.silent else {}
+
+
+def _numbers(rows: Rows, column: str = "value") -> dict[str, float]:
+    """A column by layer."""
+    return dict(zip(rows["layer"], rows[column].tolist(), strict=True))
+
+
+def _among(rows: Rows, layers: Iterable[str]) -> NDArray[np.bool_]:
+    named = set(layers)
+    return np.array([name in named for name in rows["layer"]], dtype=bool)
 
 
 Found = list[Diagnosis] | str
@@ -484,7 +524,7 @@ def _examine(record: _Record, step: int) -> Examination:
     findings = [one for part in found.values() if not isinstance(part, str) for one in part]
     findings.sort(key=lambda one: NAMES.index(one.name))
     unmeasured = {name: part for name, part in found.items() if isinstance(part, str)}
-    recurrent = tuple(map(str, record.everywhere("recurrent").index))
+    recurrent = tuple(record.everywhere("recurrent")["layer"])
     if recurrent:
         unmeasured[THROUGH_TIME] = f"layers are compared, steps of {listed(recurrent)} are not"
     if not findings and _GROWTH not in unmeasured:
@@ -510,8 +550,7 @@ def _examine(record: _Record, step: int) -> Examination:
 
 
 def _healthy(record: _Record, looked_at: Sequence[str]) -> Diagnosis:
-    change = _change(record, "weight_grad_norm") or _change(record, "output_grad_norm")
-    assert change is not None
+    change = next(filter(None, record.changes.values()))
     absent = ", ".join(name for name in looked_at if name != _GROWTH)
     time = "; through time it was not measured" * bool(len(record.everywhere("recurrent")))
     sentence = (
@@ -527,20 +566,20 @@ def _healthy(record: _Record, looked_at: Sequence[str]) -> Diagnosis:
 def _non_finite(record: _Record) -> Found:
     norms = ("output_rms", "output_grad_norm", "weight_grad_norm")
     values = {name: record.everywhere(name) for name in norms}
-    if not any(len(series) for series in values.values()):
+    if not any(map(len, values.values())):
         return "not recorded"
-    bad = {n: [str(x) for x in s.index[~np.isfinite(s)]] for n, s in values.items()}
+    bad = {name: rows["layer"][~np.isfinite(rows["value"])] for name, rows in values.items()}
     names = dict.fromkeys(name for part in bad.values() for name in part)
     lost = record.loss is not None and not math.isfinite(record.loss)
     if not names and not lost:
         return []
     words = {"output_rms": "outputs", "output_grad_norm": "gradients of outputs",
              "weight_grad_norm": "gradients of weights"}  # fmt: skip
-    told = [f"{words[name]} in {len(part)} modules" for name, part in bad.items() if part]
+    told = [f"{words[name]} in {len(part)} modules" for name, part in bad.items() if len(part)]
     if lost:
-        own = " (all outputs of modules are finite)" if not bad["output_rms"] else ""
+        own = "" if len(bad["output_rms"]) else " (all outputs of modules are finite)"
         told.insert(0, f"the loss{own}")
-    layers = sorted(names, key=lambda name: record.positions([name])[0])
+    layers = sorted(names, key=record.place)
     evidence = {f"{name}_non_finite": float(len(part)) for name, part in bad.items()}
     return [Diagnosis(NON_FINITE, f"NaN or Inf: {', '.join(told)}", tuple(layers), evidence)]
 
@@ -562,6 +601,7 @@ def _cut_off(record: _Record) -> Found:
 # --- vanishing and exploding ----------------------------------------------------------------------
 
 _GROWTH = "vanishing and exploding"
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -619,7 +659,7 @@ def _growth(record: _Record) -> Found:
     too."""
     known = False
     for quantity, words in _QUANTITIES.items():
-        change = _change(record, quantity)
+        change = record.changes[quantity]
         known |= change is not None
         if change is not None and change.matters:
             return [_grown(record, change, words)]
@@ -631,9 +671,9 @@ def _growth(record: _Record) -> Found:
 
 def _grown(record: _Record, change: _Change, words: str) -> Diagnosis:
     name = EXPLODING if change.ratio > 1 else VANISHING
-    typical = change.values[-_at_end(change.values) :]
-    far = np.abs(np.log(change.values / np.median(typical))) > math.log(STEADY_CHANGE)
-    far &= (change.values > np.median(typical)) == (name == EXPLODING)
+    typical = median(change.values[-_at_end(change.values) :].tolist())
+    far = np.abs(np.log(change.values / typical)) > math.log(STEADY_CHANGE)
+    far &= (change.values > typical) == (name == EXPLODING)
     layers = tuple(np.array(change.layers, dtype=object)[far])
     sentence = f"{words} {change.words}{_rate_words(change.rate)}"
     forward, numbers = _forward(record), change.evidence
@@ -653,20 +693,12 @@ def _rate_words(rate: tables.Rate) -> str:
 
 
 def _forward(record: _Record) -> float | None:
-    rows = record.layers("output_rms")
-    values = rows["output_rms"].to_numpy(dtype=float)
+    values = record.layers("output_rms")["value"]
     values = values[np.isfinite(values) & (values > 0)]
     return _ratio(values[::-1]) if values.size > 1 else None
 
 
 def _change(record: _Record, quantity: str) -> _Change | None:
-    """`_find_change`, once for each quantity."""
-    if quantity not in record.changes:
-        record.changes[quantity] = _find_change(record, quantity)
-    return record.changes[quantity]
-
-
-def _find_change(record: _Record, quantity: str) -> _Change | None:
     """The largest change toward the input among like layers that span half the network.
 
     Like are layers whose names differ in numbers alone; where none such span it, all layers are
@@ -674,37 +706,30 @@ def _find_change(record: _Record, quantity: str) -> _Change | None:
     rest goes around, is left out. None where there are fewer than two layers.
     """
     rows = record.layers(quantity)
-    values = rows[quantity].to_numpy(dtype=float)
     held = {*record.held_up, *record.passed_by}
-    rows = rows[np.isfinite(values) & ~rows["layer"].isin(held)]
-    values = rows[quantity].to_numpy(dtype=float)
+    rows = rows[np.isfinite(rows["value"]) & ~_among(rows, held)]
     if held:
-        rows = rows[values > 0]  # outputs before an initial zero
-    if len(rows) < 2 or not (rows[quantity] > 0).any():
+        rows = rows[rows["value"] > 0]  # outputs before an initial zero
+    if len(rows) < 2 or not (rows["value"] > 0).any():
         return None
-    rate = tables.layer_rate(rows, quantity)
-    found = [_ends(part, quantity, rate, rows) for part in _alike(rows)]
+    rate = tables.rate_of(rows)
+    found = [_ends(part, rate, rows) for part in _alike(rows)]
     return max(found, key=lambda change: abs(math.log(change.ratio)))
 
 
-def _alike(rows: pd.DataFrame) -> list[pd.DataFrame]:
-    roles = [re.sub(r"\d+", "#", name) for name in rows["layer"]]
-    whole = np.ptp(rows["position"].to_numpy(dtype=float))
-    parts = [
-        part
-        for _, part in rows.groupby([roles, rows["kind"].to_numpy()], sort=False)
-        if len(part) >= ENDS and np.ptp(part["position"].to_numpy(dtype=float)) >= whole / 2
-    ]
-    return parts or [rows]
+def _alike(rows: Rows) -> list[Rows]:
+    roles: dict[tuple[str, str], list[int]] = {}
+    for index, (name, kind) in enumerate(zip(rows["layer"], rows["kind"], strict=True)):
+        roles.setdefault((_NUMBER.sub("#", name), kind), []).append(index)
+    parts = [rows[role] for role in roles.values() if len(role) >= ENDS]
+    whole = np.ptp(rows["position"])
+    return [part for part in parts if np.ptp(part["position"]) >= whole / 2] or [rows]
 
 
-def _ends(part: pd.DataFrame, quantity: str, rate: tables.Rate, rows: pd.DataFrame) -> _Change:
-    values = part[quantity].to_numpy(dtype=float)
-    all_values = rows[quantity].to_numpy(dtype=float)
-    smallest = all_values[all_values > 0].min()
-    bound = bool((values == 0).any())
-    values = np.maximum(values, smallest)
-    layers = tuple(part["layer"])
+def _ends(part: Rows, rate: tables.Rate, rows: Rows) -> _Change:
+    smallest = rows["value"][rows["value"] > 0].min()
+    bound = bool((part["value"] == 0).any())
+    values, layers = np.maximum(part["value"], smallest), tuple(part["layer"])
     return _Change(_ratio(values), len(rows), layers[0], layers[-1], layers, values, rate, bound)
 
 
@@ -716,9 +741,8 @@ def _at_end(values: NDArray[np.float64]) -> int:
 def _ratio(values: NDArray[np.float64]) -> float:
     """First over last, by their medians."""
     count = _at_end(values)
-    first, last = np.median(values[:count]), np.median(values[-count:])
-    with np.errstate(over="ignore"):
-        return float(np.clip(first / last, 1e-300, 1e300))
+    first, last = median(values[:count].tolist()), median(values[-count:].tolist())
+    return min(max(first / last, 1e-300), 1e300)
 
 
 # --- the number format ----------------------------------------------------------------------------
@@ -727,7 +751,7 @@ _GRADIENTS = {"weights": "grad", "outputs": "output_grad"}
 
 
 def _underflow(record: _Record) -> Found:
-    silent, known = record.silent, record.everywhere("weight_grad_norm")
+    silent, known = record.silent, record.everywhere("weight_grad_norm")["value"]
     # No layer is off: the last one's bias would have a gradient.
     if silent and (known == 0).all() and record.starved is None:
         sentence = (
@@ -735,7 +759,7 @@ def _underflow(record: _Record) -> Found:
             "below the smallest number of its format, or the loss is flat here"
         )
         return [Diagnosis(UNDERFLOW, sentence, silent, {"zero_layers": float(len(silent))})]
-    named = _underflowing(record)
+    named = record.underflowing
     if not named and not any(
         f"{prefix}_subnormals" in getattr(record, table) for table, prefix in _GRADIENTS.items()
     ):
@@ -750,28 +774,8 @@ def _underflow(record: _Record) -> Found:
         + f"; of its non-zero elements at {worst} {named[worst]:.0%} are subnormal"
     )
     evidence = {"subnormal_share": named[worst], "zero_layers": float(len(lost))}
-    layers = sorted(named, key=lambda name: record.positions([name])[0])
-    return [Diagnosis(UNDERFLOW, sentence, tuple(layers), evidence)]
-
-
-def _underflowing(record: _Record) -> dict[str, float]:
-    """Layers whose gradient is mostly subnormal, and the zeros toward the input from there."""
-    named: dict[str, float] = {}
-    for prefix in _GRADIENTS.values():
-        subnormal, zeros = (record.everywhere(f"{prefix}_{n}") for n in ("subnormals", "zeros"))
-        share = subnormal / (1 - zeros.reindex(subnormal.index, fill_value=0.0)).clip(lower=1e-12)
-        for name, value in share.items():
-            if value >= SUBNORMAL_SHARE:
-                named[str(name)] = max(named.get(str(name), 0.0), min(float(value), 1.0))
-    small = record.layers("weight_grad_norm")
-    norms = small["weight_grad_norm"].to_numpy(dtype=float)
-    tiny = set(small["layer"][(norms > 0) & (norms < VANISHINGLY_SMALL)]) | set(named)
-    if tiny:
-        last = record.positions(tiny).max()
-        silent = record.silent
-        lost = np.array(silent, dtype=object)[record.positions(silent) <= last]
-        named |= {str(name): 0.0 for name in lost if name not in named}
-    return named if any(named.values()) or record.silent else {}
+    layers = tuple(sorted(named, key=record.place))
+    return [Diagnosis(UNDERFLOW, sentence, layers, evidence)]
 
 
 # --- units ----------------------------------------------------------------------------------------
@@ -779,47 +783,44 @@ def _underflowing(record: _Record) -> dict[str, float]:
 
 def _dead(record: _Record) -> Found:
     """Units of hidden layers through which no gradient comes; the last layer's are the loss's."""
-    if (record.everywhere("weight_grad_norm") == 0).all():
+    if (record.everywhere("weight_grad_norm")["value"] == 0).all():
         return "no layer has a gradient"
     if record.starved is not None:
         return "the inputs are zero, so that nothing comes to the units"
-    by_design, small = set(record.held_up), _underflowing(record)
-    edge = record.positions(small).max() if small else -1.0
-    by_design |= set(record.passed_by)
-    rows = record.without_gradient
-    rows = rows[rows["blocked"].to_numpy(dtype=bool)]
-    silent = [n for n in rows["layer"] if n not in by_design and n not in small]
+    by_design, small = {*record.held_up, *record.passed_by}, record.underflowing
+    blocked = record.gradients["layer"][record.gradients["value"] == 0]
+    silent = tuple(name for name in blocked if name not in by_design and name not in small)
     rows = record.layers("dead_units")
     unknown = "" if len(rows) else "fewer than 16 values to a unit"
-    rows = rows[(rows["position"].to_numpy(dtype=float) > edge) & ~rows["layer"].isin(by_design)]
-    rows = rows.iloc[:-1] if len(rows) > 1 else rows[:0]
+    edge = max(map(record.place, small), default=-1.0)
+    rows = rows[(rows["position"] > edge) & ~_among(rows, by_design)][:-1]
     if record.held_up:
-        rows = rows[rows["dead_units"] < 1]
+        rows = rows[rows["value"] < 1]
     many = rows[_beyond_chance(rows)]
     if len(many):
-        worst = many.iloc[int(many["dead_units"].to_numpy(dtype=float).argmax())]
-        share = float(worst["dead_units"])
+        worst = many[many["value"].argmax()]
         sentence = (
             f"no gradient comes through more than half of the units of {len(many)} layers, over "
-            f"the whole batch; {share:.0%} of them at {worst['layer']}"
+            f"the whole batch; {worst['value']:.0%} of them at {worst['layer']}"
         )
-        return [Diagnosis(DEAD, sentence, tuple(many["layer"]), {"dead_units": share})]
+        numbers = {"dead_units": float(worst["value"])}
+        return [Diagnosis(DEAD, sentence, tuple(many["layer"]), numbers)]
     if silent:
         sentence = f"no gradient at all reaches {len(silent)} layers: it is exactly zero there"
-        return [Diagnosis(DEAD, sentence, tuple(silent), {"dead_units": 1.0})]
+        return [Diagnosis(DEAD, sentence, silent, {"dead_units": 1.0})]
     return (unknown or []) if "dead_units" in record.outputs else "dead_units not recorded"
 
 
-def _beyond_chance(rows: pd.DataFrame) -> NDArray[np.bool_]:
+def _beyond_chance(rows: Rows) -> NDArray[np.bool_]:
     """Which layers have more dead units than symmetric weights leave: each by itself, or together.
 
     Where they have too many together, those are meant that have more than half.
     """
-    if rows.empty:
+    if not len(rows):
         return np.zeros(0, dtype=bool)
-    units = pd.to_numeric(rows["shape"].astype(str).str.split("x").str[0], errors="coerce")
-    counts = units.fillna(1).to_numpy(dtype=float).clip(min=1)
-    shares = rows["dead_units"].to_numpy(dtype=float)
+    units = [str(shape).partition("x")[0] for shape in rows["shape"]]
+    counts = np.array([float(n) if n.isdecimal() else 1.0 for n in units]).clip(min=1)
+    shares = rows["value"]
     tests = len(rows) + 1
     bounds = DEAD_SHARE - float(ndtri(CHANCE / tests)) * np.sqrt(0.25 / np.r_[counts, counts.sum()])
     if (shares * counts).sum() / counts.sum() > bounds[-1]:
@@ -831,20 +832,21 @@ def _saturated(record: _Record) -> Found:
     if "saturated" not in record.outputs:
         return "saturated not recorded"
     shares = record.everywhere("saturated")
-    if shares.empty:
+    if not len(shares):
         return "no tanh or sigmoid follows a layer"
     layers = record.layers("output_rms")["layer"]
-    last = record.positions(layers.iloc[-1:]).max() if len(layers) > 1 else math.inf
-    inner = shares[record.positions(map(str, shares.index)) < last]
-    many = inner[inner > SATURATED_SHARE]
-    if many.empty:
+    last = record.place(layers[-1]) if len(layers) > 1 else math.inf
+    inner = np.array([record.place(name) < last for name in shares["layer"]])
+    many = shares[inner & (shares["value"] > SATURATED_SHARE)]
+    if not len(many):
         return []
-    worst = str(many.idxmax())
+    worst = many[many["value"].argmax()]
     sentence = (
         f"behind {len(many)} layers the activation is flat (less than 5 % of its largest slope) at "
-        f"more than half of the values; at {many[worst]:.0%} behind {worst}"
+        f"more than half of the values; at {worst['value']:.0%} behind {worst['layer']}"
     )
-    return [Diagnosis(SATURATED, sentence, tuple(map(str, many.index)), {"saturated": many.max()})]
+    numbers = {"saturated": float(worst["value"])}
+    return [Diagnosis(SATURATED, sentence, tuple(many["layer"]), numbers)]
 
 
 # --- inputs ---------------------------------------------------------------------------------------
@@ -857,18 +859,16 @@ def _collapsed(record: _Record) -> Found:
         return [Diagnosis(COLLAPSED, sentence, (record.starved,), {"output_rms": 0.0})]
     if "output_spread" not in record.outputs:
         return "output_spread not recorded"
-    norms = record.everywhere("weight_norm")
     rows = record.layers("output_spread")
-    rows = rows[~rows["layer"].isin(norms.index[norms == 0])]
-    values = rows["output_spread"].to_numpy(dtype=float)
+    rows = rows[~_among(rows, record.zero_weights)]
+    values = rows["value"]
     if len(rows) < 2 or not np.isfinite(values).all():
         return "fewer than two layers with finite outputs for several inputs"
     below = values < COLLAPSE * (values[0] if values[0] >= COLLAPSE else 1.0)
     count = int(below[::-1].argmin()) if not below.all() else len(below)
     if count < 2:
         return []
-    layers = tuple(rows["layer"].iloc[-count:])
-    first, last = rows["layer"].iloc[0], rows["layer"].iloc[-1]
+    first, last, layers = rows["layer"][0], rows["layer"][-1], tuple(rows["layer"][-count:])
     sentence = (
         f"of the outputs' mean square only {tables.short(values[-1])} differs between inputs at "
         f"{last}, {tables.short(values[0])} at {first}: all inputs look alike from {layers[0]} on"

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,11 +145,24 @@ def narrowed(
 ) -> pa.Table:
     """Some columns, those of them that are there, and the rows of some steps."""
     if steps is not None and "step" in data.column_names:
-        wanted = pa.array([int(step) for step in steps], data["step"].type)
-        data = data.filter(pc.is_in(data["step"], value_set=wanted))
+        known, starts = _steps_and_starts(data)
+        wanted = np.isin(known[starts], [*steps])
+        data = data.filter(pa.array(np.repeat(wanted, np.diff(starts, append=known.size))))
     if columns is None:
         return data
     return data.select([name for name in columns if name in data.column_names])
+
+
+def steps_of(data: pa.Table) -> NDArray[np.int64]:
+    """The steps at which a table has rows, in ascending order."""
+    known, starts = _steps_and_starts(data)
+    return np.unique(known[starts]).astype(np.int64)
+
+
+def _steps_and_starts(data: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The column of steps, and where in it another step begins: the rows of one stand together."""
+    steps = data["step"].to_numpy()
+    return steps, np.flatnonzero(np.r_[True, steps[1:] != steps[:-1]][: steps.size])
 
 
 def columns_of(path: Path) -> pa.Schema:

@@ -576,10 +576,15 @@ def _at(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
 
 def measured(frame: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """The rows in which a quantity was measured, as float64: nulls go, NaN, Inf and zero stay."""
-    values = frame[quantity]
-    if isinstance(values.dtype, pd.ArrowDtype):
-        frame = frame[values.notna()]  # Arrow-backed: a NaN is not a null
-    return frame.assign(**{quantity: frame[quantity].to_numpy(dtype=float, na_value=np.nan)})
+    values, known = floats(frame[quantity])
+    return frame[known].assign(**{quantity: values[known]})
+
+
+def floats(column: pd.Series) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """A column as float64, NaN for null, and which of its values were measured."""
+    arrow = isinstance(column.dtype, pd.ArrowDtype)  # there a NaN is not a null
+    known = ~np.asarray(column.array.isna()) if arrow else np.ones(len(column), dtype=bool)
+    return column.to_numpy(dtype=float, na_value=np.nan), known
 
 
 def moments(steps: ArrayLike) -> list[int]:
@@ -829,60 +834,70 @@ def _broken(values: NDArray[np.float64]) -> str:
     return f"exactly zero in {zero} of {values.size} layers" if zero else ""
 
 
+Rows = NDArray[np.void]
+"""Layers as a structured array, an element each, with the fields of `_ROW`: a frame of a few rows
+takes longer to cut than to fit."""
+_TEXTS, _NUMBERS = ("layer", "kind", "shape"), ("position", "stage")
+_ROW = np.dtype(
+    [(name, object) for name in _TEXTS] + [(n, float) for n in (*_NUMBERS, "chain", "value")]
+)
+
+
+def layer_rows(frame: pd.DataFrame) -> Rows:
+    """The rows of a frame of layers, their `value` still to come: see `with_values`.
+
+    What is unknown, or of a column that the frame lacks, is NaN. Layers of one stage and shape have
+    one `chain`: chains are in the order of stages, and in a stage in that of shapes.
+    """
+    lacking = [name for name in (*_TEXTS, *_NUMBERS) if name not in frame]
+    frame = frame.assign(**dict.fromkeys(lacking, np.nan)) if lacking else frame
+    rows = np.empty(len(frame), _ROW)
+    for name in _TEXTS:
+        rows[name] = frame[name].to_numpy(dtype=object, na_value=np.nan)
+    for name in _NUMBERS:
+        rows[name] = floats(frame[name])[0]
+    shape = frame["shape"].factorize(sort=True)[0]
+    chain = rows["stage"] * (shape.max(initial=0) + 1) + shape
+    rows["chain"] = np.where(shape < 0, np.nan, chain)
+    return rows
+
+
+def with_values(rows: Rows, column: pd.Series) -> Rows:
+    """Those of the rows of a frame in which one of its columns was measured, with its values."""
+    values, known = floats(column)
+    rows = rows[known]
+    rows["value"] = values[known]
+    return rows
+
+
 def layer_rate(frame: pd.DataFrame, quantity: str = "weight_grad_norm") -> Rate:
-    """`fit_rate` of the first chain of like layers in one run's `profile` at one step.
+    """`rate_of` one run's `profile` at one step."""
+    return rate_of(with_values(layer_rows(frame), frame[quantity]))
+
+
+def rate_of(layers: Rows) -> Rate:
+    """`fit_rate` of the first chain of like layers in one run at one step.
 
     The chain is that of same-shaped convolutions of the first stage that has five of them; of
     linear layers where there are no convolutions.
     """
-    return _Layers.of(frame, quantity).rate(np.arange(len(frame)))
-
-
-@dataclass(frozen=True)
-class _Layers:
-    """Columns of a profile as arrays: frames of a few rows take longer to cut than to fit."""
-
-    kinds: Mapping[str, NDArray[np.bool_]]
-    positions: NDArray[np.float64]
-    chains: NDArray[np.int64]
-    stages: NDArray[np.float64]
-    values: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, frame: pd.DataFrame, quantity: str) -> _Layers:
-        kinds = {
-            kind: (frame["kind"] == kind).to_numpy(dtype=bool, na_value=False)
-            for kind in ("conv", "linear")
-        }
-        # Numbered by stage, then by shape; −1 where one of them is unknown.
-        chains = frame.groupby(["stage", "shape"], sort=True).ngroup().to_numpy(na_value=-1)
-        return cls(
-            kinds,
-            frame["position"].to_numpy(dtype=float, na_value=np.nan),
-            chains.astype(np.int64),
-            frame["stage"].to_numpy(dtype=float, na_value=np.nan),
-            frame[quantity].to_numpy(dtype=float),
-        )
-
-    def rate(self, rows: NDArray[np.int64]) -> Rate:
-        """`layer_rate` of these rows."""
-        for kind, known in self.kinds.items():
-            here = rows[known[rows]]
-            here = here[np.argsort(self.positions[here], kind="stable")]
-            if len(here) < 2:
-                continue
-            values, chains = self.values[here], self.chains[here]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ends = float(np.divide(values[0], values[-1]))
-            known_chains, counts = np.unique(chains[chains >= 0], return_counts=True)
-            long = known_chains[counts >= MIN_LAYERS]
-            if not long.size:
-                reason = _broken(values) or f"fewer than {MIN_LAYERS} like layers in a stage"
-                return Rate(reason=reason, kind=kind, first_last=ends, layers=len(here))
-            chain = chains == long[0]  # of the lowest stage
-            stage = int(self.stages[here[chain][0]])
-            return replace(fit_rate(values[chain]), stage=stage, kind=kind, first_last=ends)
-        return Rate(reason="fewer than two convolutions or linear layers")
+    for kind in ("conv", "linear"):
+        rows = layers[layers["kind"] == kind]
+        rows = rows[np.argsort(rows["position"], kind="stable")]
+        if len(rows) < 2:
+            continue
+        values, chains = rows["value"], rows["chain"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ends = float(np.divide(values[0], values[-1]))
+        known, counts = np.unique(chains[chains == chains], return_counts=True)
+        long = known[counts >= MIN_LAYERS]
+        if not long.size:
+            reason = _broken(values) or f"fewer than {MIN_LAYERS} like layers in a stage"
+            return Rate(reason=reason, kind=kind, first_last=ends, layers=len(rows))
+        chain = chains == long[0]  # of the lowest stage
+        stage = int(rows["stage"][chain][0])
+        return replace(fit_rate(values[chain]), stage=stage, kind=kind, first_last=ends)
+    return Rate(reason="fewer than two convolutions or linear layers")
 
 
 def rates(frame: pd.DataFrame) -> pd.DataFrame:
@@ -890,7 +905,8 @@ def rates(frame: pd.DataFrame) -> pd.DataFrame:
     weights = frame[frame["family"] == WEIGHT]
     if weights.empty:
         return _with_depth(pd.DataFrame())
-    layers = _Layers.of(weights, "weight_grad_norm")
+    layers = layer_rows(weights)
+    layers["value"] = floats(weights["weight_grad_norm"])[0]
     keys = ["run_id", "step"]
     number = weights.groupby(keys, sort=False).ngroup().to_numpy()
     order = np.argsort(number, kind="stable")
@@ -899,7 +915,7 @@ def rates(frame: pd.DataFrame) -> pd.DataFrame:
     about = weights[[*keys, *carried]].iloc[[part[0] for part in parts]].to_dict("records")
     rows = []
     for named, part in zip(about, parts, strict=True):
-        rate, values = layers.rate(part), layers.values[part]
+        rate, values = rate_of(layers[part]), layers["value"][part]
         rows.append(
             named
             | {"factor": rate.factor, "low": rate.low, "high": rate.high}
