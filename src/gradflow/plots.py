@@ -1275,23 +1275,23 @@ def _shortened(tag: re.Match[str]) -> str:
     return _DIGITS.sub(r"\1", tag[0])
 
 
-class _Lean(subset.Options):
-    """A PDF has the glyphs of a font alone: to look through what typesetters need beside them takes
-    half of the time of a figure."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.drop_tables += ["GDEF", "GPOS", "GSUB"]
-
-
 @contextlib.contextmanager
 def _lean_fonts() -> Iterator[None]:
-    original = subset.Options
-    subset.Options = _Lean  # matplotlib has no option for it
+    """A PDF has the glyphs of a font alone: to look through what typesetters need beside them takes
+    half of the time of a figure."""
+    load = subset.load_font
+
+    def lean(*args: Any, **options: Any) -> Any:
+        font = load(*args, **options)
+        for table in {"GDEF", "GPOS", "GSUB", "kern"} & {*font.keys()}:
+            del font[table]
+        return font
+
+    subset.load_font = lean  # matplotlib has no option for it
     try:
         yield
     finally:
-        subset.Options = original
+        subset.load_font = load
 
 
 @themed
