@@ -896,15 +896,16 @@ class _Layers:
 
 def rates(frame: pd.DataFrame) -> pd.DataFrame:
     """`layer_rate` of each run and step of a `profile`, beside the zeros and non-finite values."""
-    weights = frame[frame["family"] == WEIGHT]
+    keys, quantity = ["run_id", "step"], "weight_grad_norm"
+    carried = [c for c in ("group", "title", "depth", "arm", "seed", "moment") if c in frame]
+    columns = [*keys, *carried, "kind", "position", "stage", "shape", quantity]
+    weights = frame.loc[frame["family"] == WEIGHT, columns]
     if weights.empty:
         return _with_depth(pd.DataFrame())
-    layers = _Layers.of(weights, "weight_grad_norm")
-    keys = ["run_id", "step"]
+    layers = _Layers.of(weights, quantity)
     number = weights.groupby(keys, sort=False).ngroup().to_numpy()
     order = np.argsort(number, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
-    carried = [c for c in ("group", "title", "depth", "arm", "seed", "moment") if c in frame]
     about = weights[[*keys, *carried]].iloc[[part[0] for part in parts]].to_dict("records")
     rows = []
     for named, part in zip(about, parts, strict=True):

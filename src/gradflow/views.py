@@ -116,8 +116,7 @@ def _layers(
         return known.assign(ordinal=range(1, len(known) + 1))
     names = tuple(map(str, known["layer"]))
     if names not in placed:
-        rows = tables.profile(known.assign(step=0, there=1.0), "there", extras=extras)
-        placed[names] = rows.sort_values(["family", "ordinal"], ignore_index=True)
+        placed[names] = tables.profile(known.assign(step=0, there=1.0), "there", extras=extras)
     return placed[names]
 
 
