@@ -21,6 +21,8 @@ from gradflow.store import Run
 QUANTITY = "weight_grad_norm"
 VIEW, HEAT = "view", "heat"
 _DAMAGED = "damaged"
+_DRAWN = ("step", "layer", "family", "ordinal")
+"""What a heatmap takes of a profile: it has more rows than all else, and is in no table."""
 _ABOUT = ("run_id", "run", "group", "title", "depth", "arm", "seed")
 
 # --- one run --------------------------------------------------------------------------------------
@@ -60,7 +62,9 @@ def profiles(run: Run, task: Task) -> pd.DataFrame:
 def heat(run: Run, task: Task) -> pd.DataFrame:
     steps = tables.spread(run.steps_of("weights"))
     frame = run.with_modules("weights", steps) if len(steps) > 1 else pd.DataFrame()
-    return tables.profile(frame, extras=task.extras) if QUANTITY in frame else pd.DataFrame()
+    if QUANTITY not in frame:
+        return pd.DataFrame()
+    return tables.profile(frame, extras=task.extras)[[*_DRAWN, QUANTITY]]
 
 
 def blocks(run: Run, _: Task) -> pd.DataFrame:
