@@ -439,11 +439,12 @@ def _heat_handles(found: set[str]) -> list[Patch]:
 
 
 def _heat_panel(ax: Axes, part: pd.DataFrame, quantity: str, norm: Normalize) -> set[str]:
-    matrix = part.pivot_table(
-        index="ordinal", columns="step", values=quantity, aggfunc="first", dropna=False, sort=True
-    )
-    values = matrix.to_numpy(dtype=float)
-    steps, layers = matrix.columns.to_numpy(dtype=float), matrix.index.to_numpy(dtype=float)
+    layers, row = np.unique(part["ordinal"].to_numpy(dtype=float), return_inverse=True)
+    steps, column = np.unique(part["step"].to_numpy(dtype=float), return_inverse=True)
+    values = np.full((len(layers), len(steps)), np.nan)
+    values[row, column] = part[quantity].to_numpy(dtype=float, na_value=np.nan)
+    there = np.zeros_like(values, dtype=bool)
+    there[row, column] = True
     x = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
     y = np.concatenate([layers - 0.5, [layers[-1] + 0.5]])
     ax.set_xscale("symlog", linthresh=10, linscale=0.7)
@@ -451,11 +452,7 @@ def _heat_panel(ax: Axes, part: pd.DataFrame, quantity: str, norm: Normalize) ->
     ax.pcolormesh(
         x, y, np.ma.masked_invalid(_shown(values, log)), norm=norm, cmap="viridis", rasterized=True
     )
-    # A cell that the run lacks is NaN in the matrix, as a measured NaN is: tell them apart.
-    there = part.assign(there=1.0).pivot_table(
-        index="ordinal", columns="step", values="there", aggfunc="first"
-    )
-    bad = ~np.isfinite(values) & there.reindex_like(matrix).notna().to_numpy()
+    bad = ~np.isfinite(values) & there  # a cell that the run lacks is NaN as well
     drawn = set()
     zero = (values == 0) & log
     for name, which, color in (("zero", zero, _ZERO), ("non-finite", bad, _NON_FINITE)):
