@@ -76,7 +76,7 @@ def pack(run: Run, extras: Iterable[str] = (), *, size: int = RUN_BYTES) -> byte
             part = 1.0 if len(every) == 1 else 0.5 if quantity == MAIN else 0.5 / (len(every) - 1)
             most = int(size * part / _VALUE_BYTES / max(len(layers), 1))
             count = int(np.clip(most, _FEWEST, _MOST))
-            steps, matrix, note = _matrix(run, name, quantity, layers, count)
+            steps, matrix, note = _matrix(run, name, quantity, found["layer"], count)
             found["quantities"][quantity] = note | {"steps": steps, "at": _place(values)}
             values.append(matrix.ravel())
     loss = _loss(run)
@@ -121,7 +121,7 @@ def _layers(
 
 
 def _matrix(
-    run: Run, name: str, quantity: str, layers: pd.DataFrame, count: int
+    run: Run, name: str, quantity: str, layers: list[str], count: int
 ) -> tuple[list[int], NDArray[np.float64], dict[str, str]]:
     """Some of the steps at which it was measured, values [step, layer], its meaning and unit."""
     data = run.table(name, [quantity])
@@ -129,9 +129,7 @@ def _matrix(
     data = _where_measured(data, quantity)
     steps = spread(schema.steps_of(data), count)
     data = schema.narrowed(data, steps=steps)
-    column = pc.index_in(
-        data["layer"].cast(pa.string()), pa.array(layers["layer"].astype(str).tolist())
-    )
+    column = pc.index_in(data["layer"].cast(pa.string()), pa.array(layers, pa.string()))
     there = pc.is_valid(column).to_numpy()
     row = np.searchsorted(steps, data["step"].to_numpy())
     matrix = np.full((len(steps), len(layers)), missing())
