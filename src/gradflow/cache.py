@@ -33,7 +33,7 @@ DIRECTORY = ".cache"
 SETTLED = 2.0
 """Seconds after its last change before a run is kept: a change so soon after another might leave
 the file system's times as they were."""
-_LIBRARIES = ("numpy", "pandas", "pyarrow", "scipy", "matplotlib", "seaborn")
+_LIBRARIES = ("numpy", "pandas", "pyarrow", "scipy", "matplotlib")
 _PARTIAL = ".tmp"
 
 Parts = Mapping[str, bytes]
@@ -110,6 +110,7 @@ def digest(*values: Any) -> str:
     """Of frames, bytes, whatever else JSON or `repr` writes out in full, and of `code`."""
     found = hashlib.sha256(code().encode())
     for value in values:
+        data: bytes | memoryview
         if isinstance(value, pd.DataFrame):
             data = _frame_bytes(value)
         elif isinstance(value, bytes):
@@ -121,12 +122,15 @@ def digest(*values: Any) -> str:
     return found.hexdigest()
 
 
-def _frame_bytes(frame: pd.DataFrame) -> bytes:
+def _frame_bytes(frame: pd.DataFrame) -> memoryview:
     """Equal bytes for equal frames (not the other way round), but for their index."""
-    mixed = [name for name in frame if frame[name].dtype == object]
-    words = frame[mixed].map(repr).astype(str) if mixed else frame[[]]
-    plain = pa.Table.from_pandas(frame.assign(**words), preserve_index=False).combine_chunks()
-    return _stream(plain.replace_schema_metadata({"dtypes": repr(list(frame.dtypes))}))
+    mixed = [name for name in frame.columns if frame[name].dtype == object]
+    words = {name: list(map(repr, frame[name])) for name in mixed}
+    plain = pa.Table.from_pandas(frame.assign(**words), preserve_index=False, nthreads=1)
+    whole = plain.combine_chunks().replace_schema_metadata({"dtypes": repr(list(frame.dtypes))})
+    sink = pa.BufferOutputStream()
+    _write(whole, sink)
+    return memoryview(sink.getvalue())
 
 
 @cache
@@ -186,13 +190,17 @@ def _files(run: Path, directory: str) -> Iterator[tuple[Any, ...]]:
 
 
 def encode(frame: pd.DataFrame) -> bytes:
-    """A frame as an Arrow stream, without its index."""
-    return _stream(pa.Table.from_pandas(frame, preserve_index=False), "zstd")
+    """A frame as an Arrow stream, without its index: compressed as a whole, as the small buffers of
+    few rows, each by itself, take many times as long and no less room."""
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as compressed:
+        _write(pa.Table.from_pandas(frame, preserve_index=False), compressed)
+    return sink.getvalue().to_pybytes()
 
 
 def decode(parts: Sequence[bytes]) -> tuple[pd.DataFrame, list[int]]:
     """The frames of some `encode`, one under another, and how many rows each has."""
-    found = [pa.ipc.open_stream(part).read_all() for part in parts]
+    found = list(map(_read, parts))
     frames = []
     # Runs may have a quantity more or less, or of another type.
     for _, alike in groupby(found, lambda data: (data.schema, data.schema.metadata)):
@@ -201,9 +209,10 @@ def decode(parts: Sequence[bytes]) -> tuple[pd.DataFrame, list[int]]:
     return whole, [data.num_rows for data in found]
 
 
-def _stream(data: pa.Table, compression: str | None = None) -> bytes:
-    sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression=compression)
-    with pa.ipc.new_stream(sink, data.schema, options=options) as writer:
+def _read(part: bytes) -> pa.Table:
+    return pa.ipc.open_stream(pa.CompressedInputStream(pa.BufferReader(part), "zstd")).read_all()
+
+
+def _write(data: pa.Table, sink: Any) -> None:
+    with pa.ipc.new_stream(sink, data.schema) as writer:
         writer.write_table(data)
-    return sink.getvalue().to_pybytes()

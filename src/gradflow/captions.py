@@ -137,13 +137,14 @@ def diagnosed(diagnoses: pd.DataFrame) -> dict[str, str]:
     Args:
         diagnoses: `gradflow.diagnosis.diagnoses` of some runs, with `run_id`.
     """
-    told: dict[str, str] = {}
+    words: dict[tuple[str, str], list[str]] = {}
     if len(diagnoses):
-        for _, part in diagnoses.groupby(["run_id", "moment"], sort=True):
-            run_id, words = str(part["run_id"].iloc[0]), ", ".join(part["diagnosis"])
-            before = told.get(run_id)
-            told[run_id] = words if before in (None, words) else f"{before}; later {words}"
-    return told
+        for run_id, moment, name in diagnoses[["run_id", "moment", "diagnosis"]].to_numpy():
+            words.setdefault((str(run_id), moment), []).append(name)
+    told: dict[str, list[str]] = {}
+    for (run_id, _), names in sorted(words.items()):  # first, last
+        told.setdefault(run_id, []).append(", ".join(names))
+    return {run_id: "; later ".join(dict.fromkeys(parts)) for run_id, parts in told.items()}
 
 
 def stories(found: pd.DataFrame) -> list[str]:
@@ -374,9 +375,11 @@ def commands(members: Iterable[Run]) -> list[str]:
     for run in members:
         if run.record.get("origin") != "gradflow":
             continue
-        if unreadable(run):  # of a version with other keys
+        try:
+            spec = RunSpec.from_dict(run.spec)
+        except (SpecError, TypeError):  # of a version with other keys
             continue
-        named = _named(RunSpec.from_dict(run.spec), known)
+        named = _named(spec, known)
         fixed = tuple(f"{key}={text}" for key, text in named.items() if key not in _SWEPT)
         groups.setdefault(fixed, []).append({key: named[key] for key in _SWEPT if key in named})
     lines = []

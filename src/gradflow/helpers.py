@@ -9,6 +9,7 @@ module again.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import pickle
@@ -169,6 +170,7 @@ def main(modules: Sequence[str]) -> int:
     os.dup2(2, 1)  # what else writes to stdout
     for name in modules:
         importlib.import_module(name)
+    gc.freeze()  # what was imported stays: no more is it looked through for what may go
     while True:
         try:
             function, task = pickle.load(tasks)

@@ -152,21 +152,29 @@ class Page:
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
 
-    def csv(self, name: str, frame: pd.DataFrame, missing: str = "", by: str = "") -> None:
-        """Write a table's file, a long one ordered `by` a column: now, or with the page.
+    def csv(self, name: str, frame: pd.DataFrame) -> None:
+        """Write a table's file."""
+        frame.to_csv(self._table(name), index=False)
+
+    def long_csv(
+        self, name: str, parts: Sequence[pd.DataFrame], by: str, missing: str = ""
+    ) -> None:
+        """Write a long table's file with the page: its parts one under another.
 
         Args:
+            by: a column of which each part has one value.
             missing: stands for a NaN in columns that are not Arrow-backed.
         """
-        path = self.directory / "tables" / f"{name}.csv"
-        if not by:
-            frame.to_csv(path, index=False, na_rep=missing)
-            return
-        frame[:0].to_csv(path, index=False)
-        for value, part in frame.groupby(by, sort=True, dropna=False):
+        path = self._table(name)
+        parts[0][:0].to_csv(path, index=False)
+        for part in parts:
+            value = part[by].iloc[0]
             entry = f"{name}-{value}.csv"
             self._sheets[entry] = path, value
             self._making.add(entry, Sheet(part, by, missing))
+
+    def _table(self, name: str) -> Path:
+        return self.directory / "tables" / f"{name}.csv"
 
     def figure(self, name: str, figure: Figure | Sketch, alt: str, caption: str) -> None:
         """A figure, drawn now; or, of a sketch, by the time that the page is written."""

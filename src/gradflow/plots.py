@@ -285,7 +285,7 @@ def profile(
         panels += [(words, facet, part) for facet, part in _by(here, by)]
     constant = len({words for words, *_ in panels}) == 1
     figure, axes = _grid(len(panels))
-    styles = styles_of(data["arm"])
+    styles = styles_of(data["arm"].unique())
     drawn: set[str] = set()
     _log_limits(axes, np.concatenate([part[quantity] for *_, part in panels]))
     for ax, (words, facet, part) in zip(axes, panels, strict=True):
@@ -296,7 +296,7 @@ def profile(
     if family == tables.NORM:
         words = words.replace("weight gradient", "parameters' gradient")
     figure.supylabel(words, fontsize=9)
-    arms = [_line_handle(arm, styles[arm]) for arm in tables.ordered(data["arm"]) if arm]
+    arms = [_line_handle(arm, styles[arm]) for arm in tables.ordered(styles) if arm]
     heading = ": ".join(filter(None, [panels[0][0] if constant else "", title]))
     _legend(figure, [*arms, *_edge_handles(drawn)], heading)
     return figure
@@ -395,7 +395,7 @@ def heatmap(frame: pd.DataFrame, quantity: str = "weight_grad_norm", *, title: s
     """
     data = _completed(frame)
     data = data[data["family"] == tables.WEIGHT]
-    arms = tables.ordered(data["arm"])
+    arms = tables.ordered(data["arm"].unique())
     depths = _by(data)
     figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * len(depths)))
     figure.set_layout_engine("constrained")
@@ -439,11 +439,12 @@ def _heat_handles(found: set[str]) -> list[Patch]:
 
 
 def _heat_panel(ax: Axes, part: pd.DataFrame, quantity: str, norm: Normalize) -> set[str]:
-    matrix = part.pivot_table(
-        index="ordinal", columns="step", values=quantity, aggfunc="first", dropna=False, sort=True
-    )
-    values = matrix.to_numpy(dtype=float)
-    steps, layers = matrix.columns.to_numpy(dtype=float), matrix.index.to_numpy(dtype=float)
+    layers, row = np.unique(part["ordinal"].to_numpy(dtype=float), return_inverse=True)
+    steps, column = np.unique(part["step"].to_numpy(dtype=float), return_inverse=True)
+    values = np.full((len(layers), len(steps)), np.nan)
+    values[row, column] = part[quantity].to_numpy(dtype=float, na_value=np.nan)
+    there = np.zeros_like(values, dtype=bool)
+    there[row, column] = True
     x = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
     y = np.concatenate([layers - 0.5, [layers[-1] + 0.5]])
     ax.set_xscale("symlog", linthresh=10, linscale=0.7)
@@ -451,11 +452,7 @@ def _heat_panel(ax: Axes, part: pd.DataFrame, quantity: str, norm: Normalize) ->
     ax.pcolormesh(
         x, y, np.ma.masked_invalid(_shown(values, log)), norm=norm, cmap="viridis", rasterized=True
     )
-    # A cell that the run lacks is NaN in the matrix, as a measured NaN is: tell them apart.
-    there = part.assign(there=1.0).pivot_table(
-        index="ordinal", columns="step", values="there", aggfunc="first"
-    )
-    bad = ~np.isfinite(values) & there.reindex_like(matrix).notna().to_numpy()
+    bad = ~np.isfinite(values) & there  # a cell that the run lacks is NaN as well
     drawn = set()
     zero = (values == 0) & log
     for name, which, color in (("zero", zero, _ZERO), ("non-finite", bad, _NON_FINITE)):
@@ -618,11 +615,9 @@ def _against_depth(
             marker=marker, markersize=5, capsize=3, elinewidth=1,
         )  # fmt: skip
         seeds = points[(points["arm"] == arm) & points[column].notna()]
-        import seaborn as sns  # in this figure alone
-
-        sns.scatterplot(
-            x=seeds["depth"].to_numpy(dtype=float) * dodge * 1.06, y=seeds[column].to_numpy(float),
-            color=color, marker=marker, s=14, alpha=0.6, linewidth=0, ax=ax, legend=False,
+        ax.scatter(
+            seeds["depth"].to_numpy(dtype=float) * dodge * 1.06, seeds[column].to_numpy(float),
+            color=color, marker=marker, s=14, alpha=0.6, linewidth=0, edgecolor="w",
         )  # fmt: skip
 
 
@@ -700,10 +695,10 @@ def curves(frame: pd.DataFrame, *, title: str = "") -> Figure:
             value; of final evaluation-mode values `final` is True.
     """
     data = _completed(frame)
-    seen = set(zip(data["measure"], data["split"], strict=True))
+    seen = set(data[["measure", "split"]].drop_duplicates().itertuples(index=False, name=None))
     rows = {key: label for key, label in _CURVES.items() if key in seen}
     figure, lines = _matrix(list(rows.values()), _by(data))
-    styles, drawn = styles_of(data["arm"]), set()
+    styles, drawn = styles_of(data["arm"].unique()), set()
     for line, (measure, split) in zip(lines, rows, strict=True):
         for ax, here in line:
             part = here[(here["measure"] == measure) & (here["split"] == split)]
@@ -714,9 +709,7 @@ def curves(frame: pd.DataFrame, *, title: str = "") -> Figure:
             shown = data[(data["measure"] == "loss") & (data["split"] == "train")]["value"]
             _log_limits([ax for ax, _ in line], shown)
     figure.supxlabel("step (updates)", fontsize=9)
-    handles: list[Any] = [
-        _line_handle(arm, styles[arm]) for arm in tables.ordered(data["arm"]) if arm
-    ]
+    handles: list[Any] = [_line_handle(arm, styles[arm]) for arm in tables.ordered(styles) if arm]
     if data["final"].any():
         label = "end, evaluation mode"
         handles.append(
@@ -1277,23 +1270,23 @@ def _shortened(tag: re.Match[str]) -> str:
     return _DIGITS.sub(r"\1", tag[0])
 
 
-class _Lean(subset.Options):
-    """A PDF has the glyphs of a font alone: to look through what typesetters need beside them takes
-    half of the time of a figure."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.drop_tables += ["GDEF", "GPOS", "GSUB"]
-
-
 @contextlib.contextmanager
 def _lean_fonts() -> Iterator[None]:
-    original = subset.Options
-    subset.Options = _Lean  # matplotlib has no option for it
+    """A PDF has the glyphs of a font alone: to look through what typesetters need beside them takes
+    half of the time of a figure."""
+    load = subset.load_font
+
+    def lean(*args: Any, **options: Any) -> Any:
+        font = load(*args, **options)
+        for table in {"GDEF", "GPOS", "GSUB", "kern"} & {*font.keys()}:
+            del font[table]
+        return font
+
+    subset.load_font = lean  # matplotlib has no option for it
     try:
         yield
     finally:
-        subset.Options = original
+        subset.load_font = load
 
 
 @themed
@@ -1303,7 +1296,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     svg, png, pdf = paths
     # `savefig` would draw twice for each format to lay the figure out anew: most of its time.
     figure.dpi = 150
-    FigureCanvasAgg(figure).print_png(png)  # first: the others set the resolution anew
+    lightly = {"compress_level": 3}  # half the time of the usual 6, and no larger
+    FigureCanvasAgg(figure).print_png(png, pil_kwargs=lightly)  # the others set the resolution anew
     figure.set_layout_engine("none")
     text = io.StringIO()
     FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})

@@ -21,6 +21,8 @@ from gradflow.store import Run
 QUANTITY = "weight_grad_norm"
 VIEW, HEAT = "view", "heat"
 _DAMAGED = "damaged"
+_DRAWN = ("step", "layer", "family", "ordinal")
+"""What a heatmap takes of a profile: it has more rows than all else, and is in no table."""
 _ABOUT = ("run_id", "run", "group", "title", "depth", "arm", "seed")
 
 # --- one run --------------------------------------------------------------------------------------
@@ -60,7 +62,9 @@ def profiles(run: Run, task: Task) -> pd.DataFrame:
 def heat(run: Run, task: Task) -> pd.DataFrame:
     steps = tables.spread(run.steps_of("weights"))
     frame = run.with_modules("weights", steps) if len(steps) > 1 else pd.DataFrame()
-    return tables.profile(frame, extras=task.extras) if QUANTITY in frame else pd.DataFrame()
+    if QUANTITY not in frame:
+        return pd.DataFrame()
+    return tables.profile(frame, extras=task.extras)[[*_DRAWN, QUANTITY]]
 
 
 def blocks(run: Run, _: Task) -> pd.DataFrame:
@@ -75,28 +79,25 @@ def blocks(run: Run, _: Task) -> pd.DataFrame:
 def curves(run: Run, _: Task) -> pd.DataFrame:
     steps, evaluations = run.frame("steps"), run.frame("evaluations")
     parts = []
-    columns = ("measure", "split", "final")
     splits = set(evaluations["split"]) if len(evaluations) else set()
     for measure in ("loss", "accuracy"):
         if measure in steps and not (measure == "accuracy" and "train_batches" in splits):
-            curve = tables.binned(steps, measure).rename(columns={measure: "value"})
-            parts.append(curve.assign(**dict(zip(columns, (measure, "train", False), strict=True))))
+            parts.append(_curve(tables.binned(steps, measure), measure, "train"))
         if measure not in evaluations:
             continue
         for split, shown in (("train_batches", "train"), ("test", "test"), ("train", "train")):
             if measure == "loss" and split != "test":
                 continue  # the loss of each step says more, and in the mode of training
-            rows = evaluations[evaluations["split"] == split]
-            part = tables.measured(rows, measure)[["step", measure]]
+            rows = tables.measured(evaluations[evaluations["split"] == split], measure)
             final = split == "train"
-            parts.append(
-                part.tail(1 if final else len(part))
-                .rename(columns={measure: "value"})
-                .assign(**dict(zip(columns, (measure, shown, final), strict=True)))
-            )
+            parts.append(_curve(rows.tail(1) if final else rows, measure, shown, final=final))
     parts = [part for part in parts if len(part)]
-    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return frame.astype({"step": int, "value": float}) if len(frame) else frame
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _curve(rows: pd.DataFrame, measure: str, split: str, *, final: bool = False) -> pd.DataFrame:
+    values = {"step": rows["step"].to_numpy(dtype=int), "value": rows[measure].to_numpy(float)}
+    return pd.DataFrame(values | {"measure": measure, "split": split, "final": final})
 
 
 READERS: dict[str, Callable[[Run, Task], pd.DataFrame | bytes]] = {

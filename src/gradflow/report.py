@@ -312,7 +312,6 @@ def _subtitle(found: Material, probes: str) -> str:
 def _compose(page: Page, found: Material) -> None:
     groups = [found.of(number) for number in sorted(found.overview["group"].unique())]
     shown = groups[:DRAWN_GROUPS]
-    _write_tables(page, found)
     _verdict_section(page, shown)
     if found.views:
         page.explorer("Gradient flow", _index(found), found.views)
@@ -328,28 +327,25 @@ def _compose(page: Page, found: Material) -> None:
     _condition_section(page, groups)
     page.section("problems", "Problems")
     page.items(_problems(found) or ["None: every run was read, and every pair is done."])
+    _write_tables(page, found, groups)  # after the figures, which take helpers longer
     names = sorted(path.name for path in (page.directory / "tables").iterdir())
     links = ", ".join(f'<a href="tables/{name}">{name}</a>' for name in names)
     page.parts.append(f"<p>Tables as files: {links}.</p>")
 
 
-def _write_tables(page: Page, found: Material) -> None:
+def _write_tables(page: Page, found: Material, groups: Sequence[Material]) -> None:
     page.csv("runs", _sorted(found.overview))
     page.csv("pairs", found.pairs)
     page.csv("degradation", found.lines)
     page.csv("benefit", found.gains)
     page.csv("comparison", found.compared)
-    if len(found.diagnoses):
-        page.csv("diagnoses", found.diagnoses)
-    if len(found.stories):
-        page.csv("stories", found.stories)
-    for name in ("profiles", "curves"):
+    for name in ("diagnoses", "stories", "rates"):
         if len(frame := getattr(found, name)):
-            page.csv(name, frame, missing="NaN", by="group")  # measured: what was not, has no row
-    if len(found.blocks):
-        page.csv("blocks", found.blocks, by="group")
-    if len(found.rates):
-        page.csv("rates", found.rates)
+            page.csv(name, frame)
+    # Measured is what profiles and curves have a row of.
+    for name, missing in (("profiles", "NaN"), ("curves", "NaN"), ("blocks", "")):
+        if parts := [part for group in groups if len(part := getattr(group, name))]:
+            page.long_csv(name, parts, "group", missing)
 
 
 def _heading(page: Page, group: Material) -> str:
@@ -505,7 +501,7 @@ def _profile_figures(
 ) -> None:
     when = tables.when(frame["step"])
     about = f"One line a run. {_under(group)}"
-    families = set(frame["family"])
+    families = frame["family"].unique()
     if tables.WEIGHT in families:
         words = tables.rate_words(group.rates[group.rates["moment"] == moment])
         weights = frame[frame["family"] == tables.WEIGHT][QUANTITY]
@@ -609,7 +605,7 @@ def _block_section(page: Page, groups: list[Material]) -> None:
         (group, arm, group.blocks[group.blocks["arm"] == arm])
         for group in groups
         if len(group.blocks)
-        for arm in tables.ordered(group.blocks["arm"])
+        for arm in tables.ordered(group.blocks["arm"].unique())
         if arm != tables.PLAIN
     ]
     if not parts:
@@ -617,7 +613,7 @@ def _block_section(page: Page, groups: list[Material]) -> None:
     page.section("blocks", "Branch and skip, block by block", "Blocks")
     for group, arm, frame in parts:
         title = str(group.overview["title"].iloc[0])
-        for moment in dict.fromkeys(frame["moment"]):
+        for moment in frame["moment"].unique():
             here = frame[frame["moment"] == moment]
             when = tables.when(here["step"])
             page.figure(

@@ -145,24 +145,24 @@ def narrowed(
 ) -> pa.Table:
     """Some columns, those of them that are there, and the rows of some steps."""
     if steps is not None and "step" in data.column_names:
-        known, starts = _steps_and_starts(data)
-        wanted = np.isin(known[starts], [*steps])
-        data = data.filter(pa.array(np.repeat(wanted, np.diff(starts, append=known.size))))
+        found, rows = _stretches(data)
+        data = data.filter(pa.array(np.repeat(np.isin(found, list(steps)), rows)))
     if columns is None:
         return data
     return data.select([name for name in columns if name in data.column_names])
 
 
 def steps_of(data: pa.Table) -> NDArray[np.int64]:
-    """The steps at which a table has rows, in ascending order."""
-    known, starts = _steps_and_starts(data)
-    return np.unique(known[starts]).astype(np.int64)
+    """The steps of a table's rows, in ascending order."""
+    return np.unique(_stretches(data)[0]).astype(np.int64)
 
 
-def _steps_and_starts(data: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The column of steps, and where in it another step begins: the rows of one stand together."""
+def _stretches(data: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Each stretch of rows of one step: the step, and how many rows. A long run has hundreds of
+    rows to a step, one after another: to look at each of them takes most of a look at few steps."""
     steps = data["step"].to_numpy()
-    return steps, np.flatnonzero(np.r_[True, steps[1:] != steps[:-1]][: steps.size])
+    begins = np.flatnonzero(np.r_[True, steps[1:] != steps[:-1]])[: len(steps)]
+    return steps[begins], np.diff(np.r_[begins, len(steps)])
 
 
 def columns_of(path: Path) -> pa.Schema:

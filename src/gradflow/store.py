@@ -596,7 +596,7 @@ class Run:
     def steps_of(self, name: str) -> NDArray[np.int64]:
         """The steps at which a table has rows, in ascending order."""
         data = self.table(name, ())
-        return np.zeros(0, np.int64) if data is None else schema.steps_of(data)
+        return np.array([], int) if data is None else schema.steps_of(data)
 
     def with_modules(self, name: str, steps: Iterable[int] | None = None) -> pd.DataFrame:
         """A table of layers, each row with its module's position, kind, stage, shape, …

@@ -632,20 +632,29 @@ def profile(
     data = data[data["kind"] != "block"]
     aside = {*extras, *filter(_ON_SKIP.search, data["layer"].unique())}
     data = data.assign(family=np.where(data["layer"].isin(aside), ASIDE, _families(data)))
-    keys = ["run_id", "family", "layer"]
-    layers = data.drop_duplicates(keys).sort_values(["run_id", "family", "position"])
-    ordinal = layers.groupby(["run_id", "family"], sort=False).cumcount() + 1
-    layers = layers.assign(ordinal=ordinal)[[*keys, "ordinal"]]
-    data = data.merge(layers, on=keys, how="left")
-    return data.sort_values(["run_id", "step", "family", "ordinal"], ignore_index=True)
+    run, family = (pd.factorize(data[name], sort=True)[0] for name in ("run_id", "family"))
+    ordinal = _ordinals(run * (family.max(initial=0) + 1) + family, data["layer"], data["position"])
+    order = np.lexsort((ordinal, family, data["step"], run))
+    return data.assign(ordinal=ordinal).iloc[order].reset_index(drop=True)
 
 
 def _families(data: pd.DataFrame) -> NDArray[Any]:
     """Parameters of other modules (gates, a user's own) stand beside the norms, if a run has
     convolutions or linear layers; where it has none, they are its weights."""
     plain = data["kind"].isin(("conv", "linear", "embedding"))
-    usual = plain.groupby(data["run_id"]).transform("any")
+    usual = data["run_id"].isin(data.loc[plain, "run_id"].unique())
     return np.where(plain | (~usual & (data["kind"] != "norm")), WEIGHT, NORM)
+
+
+def _ordinals(part: NDArray[np.int64], layers: pd.Series, positions: pd.Series) -> NDArray[Any]:
+    """Of each row its layer's: 1, 2, … by position within a part of the rows."""
+    names, known = pd.factorize(layers, use_na_sentinel=False)
+    _, first, number = np.unique(part * len(known) + names, return_index=True, return_inverse=True)
+    order = np.lexsort((first, positions.to_numpy()[first], part[first]))
+    parts = part[first][order]
+    ordinal = np.empty(len(order), dtype=np.int64)
+    ordinal[order] = np.arange(1, len(order) + 1) - np.searchsorted(parts, parts)
+    return ordinal[number]
 
 
 def at_step(frame: pd.DataFrame, quantity: str, step: int) -> np.ma.MaskedArray:
@@ -902,16 +911,17 @@ def rate_of(layers: Rows) -> Rate:
 
 def rates(frame: pd.DataFrame) -> pd.DataFrame:
     """`layer_rate` of each run and step of a `profile`, beside the zeros and non-finite values."""
-    weights = frame[frame["family"] == WEIGHT]
+    keys, quantity = ["run_id", "step"], "weight_grad_norm"
+    carried = [c for c in ("group", "title", "depth", "arm", "seed", "moment") if c in frame]
+    columns = [*keys, *carried, "kind", "position", "stage", "shape", quantity]
+    weights = frame.loc[frame["family"] == WEIGHT, columns]
     if weights.empty:
         return _with_depth(pd.DataFrame())
     layers = layer_rows(weights)
-    layers["value"] = floats(weights["weight_grad_norm"])[0]
-    keys = ["run_id", "step"]
+    layers["value"] = floats(weights[quantity])[0]
     number = weights.groupby(keys, sort=False).ngroup().to_numpy()
     order = np.argsort(number, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
-    carried = [c for c in ("group", "title", "depth", "arm", "seed", "moment") if c in frame]
     about = weights[[*keys, *carried]].iloc[[part[0] for part in parts]].to_dict("records")
     rows = []
     for named, part in zip(about, parts, strict=True):

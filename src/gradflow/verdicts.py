@@ -29,10 +29,11 @@ def cards(overview: pd.DataFrame, pairs: pd.DataFrame, diagnoses: pd.DataFrame) 
     """
     every = tables.ordered(overview["arm"])
     arms = [arm for arm in every if arm != "unnamed"]
-    depth = [card for arm in arms if (card := _of_depth(overview, arm))]
-    skip = [card for arm in arms if (card := _of_skip(overview, pairs, arm))]
+    lost = tables.diverged(overview)
+    depth = [card for arm in arms if (card := _of_depth(overview, lost, arm))]
+    skip = [card for arm in arms if (card := _of_skip(overview, pairs, lost, arm))]
     told = [*depth, *skip]
-    return [*_of_divergence(overview, told), *told, *_of_gradient(diagnoses, every)]
+    return [*_of_divergence(overview, lost, told), *told, *_of_gradient(diagnoses, every)]
 
 
 def _undecided(found: Interval) -> str:
@@ -57,8 +58,8 @@ def depth_effect(overview: pd.DataFrame, arm: str) -> tuple[int, int, Interval] 
     return (depths[0], depths[-1], interval(gaps.to_numpy())) if len(gaps) else None
 
 
-def _of_depth(overview: pd.DataFrame, arm: str) -> Card | None:
-    effect, lost = depth_effect(overview, arm), _diverged(overview, [arm])
+def _of_depth(overview: pd.DataFrame, diverged: pd.DataFrame, arm: str) -> Card | None:
+    effect, lost = depth_effect(overview, arm), _of_arms(diverged, [arm])
     asked = f"Does depth hurt {arm} networks?"
     ended = overview.loc[(overview["arm"] == arm) & overview["train_error"].notna(), "depth"]
     beyond = lost[lost["depth"] > ended.max()] if ended.notna().any() else lost[:0]
@@ -76,10 +77,12 @@ def _of_depth(overview: pd.DataFrame, arm: str) -> Card | None:
     return Card(asked, word, f"{'; '.join(filter(None, [rests, _told(lost)]))}.", kind)
 
 
-def _of_skip(overview: pd.DataFrame, pairs: pd.DataFrame, arm: str) -> Card | None:
+def _of_skip(
+    overview: pd.DataFrame, pairs: pd.DataFrame, diverged: pd.DataFrame, arm: str
+) -> Card | None:
     rows = pairs[(pairs["arm"] == arm) & pairs["train_difference"].notna()] if len(pairs) else pairs
     asked = f"Does the skip help ({arm})?"
-    lost = _diverged(overview, [tables.PLAIN, arm])
+    lost = _of_arms(diverged, [tables.PLAIN, arm])
     if rows.empty or rows["depth"].isna().all():
         both = arm != tables.PLAIN and {tables.PLAIN, arm} <= set(overview["arm"])
         return Card(asked, LOST, f"{_told(lost)}.", NEITHER) if both and len(lost) else None
@@ -101,26 +104,25 @@ def _of_skip(overview: pd.DataFrame, pairs: pd.DataFrame, arm: str) -> Card | No
     )  # fmt: skip
 
 
-def _diverged(overview: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
-    lost = tables.diverged(overview)
-    return lost[lost["arm"].isin(arms)].sort_values("depth")
+def _of_arms(diverged: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
+    return diverged[diverged["arm"].isin(arms)].sort_values("depth")
 
 
 def _told(lost: pd.DataFrame) -> str:
     return "; ".join(f"{row.arm}, depth {row.depth}: {row.text}" for row in lost.itertuples())
 
 
-def _of_divergence(overview: pd.DataFrame, told: list[Card]) -> list[Card]:
+def _of_divergence(overview: pd.DataFrame, diverged: pd.DataFrame, told: list[Card]) -> list[Card]:
     """How many runs diverged, unless the other cards count them all."""
     compared = overview[~overview["match"].str.startswith("not compared")]
     ended = compared[compared["status"].isin(FINISHED)]
     lost = ended[ended["status"] == "diverged"]
     counted = " ".join(card.because for card in told)
-    known = [_told(row) in counted for _, row in tables.diverged(overview).groupby(level=0)]
+    known = [_told(row) in counted for _, row in diverged.groupby(level=0)]
     if lost.empty or (lost["depth"].notna().all() and all(known)):
         return []
     first = lost.iloc[0]
-    because = first["outcome"] if len(lost) == 1 else _told(tables.diverged(overview))
+    because = first["outcome"] if len(lost) == 1 else _told(diverged)
     word = f"{len(lost)} of {len(ended)} diverged"
     return [Card("Did training stay finite?", word, f"{because}.", HURTS)]
 

@@ -75,9 +75,8 @@ def pack(run: Run, extras: Iterable[str] = (), *, size: int = RUN_BYTES) -> byte
         for quantity in quantities:
             part = 1.0 if len(every) == 1 else 0.5 if quantity == MAIN else 0.5 / (len(every) - 1)
             most = int(size * part / _VALUE_BYTES / max(len(layers), 1))
-            steps, matrix, note = _matrix(
-                run, name, quantity, layers, int(np.clip(most, _FEWEST, _MOST))
-            )
+            count = int(np.clip(most, _FEWEST, _MOST))
+            steps, matrix, note = _matrix(run, name, quantity, found["layer"], count)
             found["quantities"][quantity] = note | {"steps": steps, "at": _place(values)}
             values.append(matrix.ravel())
     loss = _loss(run)
@@ -117,24 +116,20 @@ def _layers(
         return known.assign(ordinal=range(1, len(known) + 1))
     names = tuple(map(str, known["layer"]))
     if names not in placed:
-        rows = tables.profile(known.assign(step=0, there=1.0), "there", extras=extras)
-        placed[names] = rows.sort_values(["family", "ordinal"], ignore_index=True)
+        placed[names] = tables.profile(known.assign(step=0, there=1.0), "there", extras=extras)
     return placed[names]
 
 
 def _matrix(
-    run: Run, name: str, quantity: str, layers: pd.DataFrame, count: int
+    run: Run, name: str, quantity: str, layers: list[str], count: int
 ) -> tuple[list[int], NDArray[np.float64], dict[str, str]]:
     """Some of the steps at which it was measured, values [step, layer], its meaning and unit."""
-    data = run.table(name)
+    data = run.table(name, [quantity])
     assert data is not None
-    data = data.select(["step", "layer", quantity])
-    data = data.filter(pc.is_valid(data[quantity]))
-    steps = spread(pc.unique(data["step"]).to_numpy(), count)
-    data = data.filter(pc.is_in(data["step"], value_set=pa.array(steps, data["step"].type)))
-    column = pc.index_in(
-        data["layer"].cast(pa.string()), pa.array(layers["layer"].astype(str).tolist())
-    )
+    data = _where_measured(data, quantity)
+    steps = spread(schema.steps_of(data), count)
+    data = schema.narrowed(data, steps=steps)
+    column = pc.index_in(data["layer"].cast(pa.string()), pa.array(layers, pa.string()))
     there = pc.is_valid(column).to_numpy()
     row = np.searchsorted(steps, data["step"].to_numpy())
     matrix = np.full((len(steps), len(layers)), missing())
@@ -142,6 +137,11 @@ def _matrix(
     metadata = data.schema.field(quantity).metadata or {}
     note = {key.decode(): text.decode() for key, text in metadata.items()}
     return [int(step) for step in steps], matrix, {k: note.get(k, "") for k in ("meaning", "unit")}
+
+
+def _where_measured(data: pa.Table, quantity: str) -> pa.Table:
+    values = data[quantity]
+    return data.filter(pc.is_valid(values)) if values.null_count else data
 
 
 def layered(run: Run, quantity: str, *, step: int = 0, extras: Iterable[str] = ()) -> pd.DataFrame:
@@ -164,13 +164,11 @@ def layered(run: Run, quantity: str, *, step: int = 0, extras: Iterable[str] = (
         raise GradflowError(
             f"{run.path.name}: {quantity} was not recorded (recorded: {there or 'nothing'})"
         )
-    data = run.table(name)
+    data = run.table(name, [quantity])
     assert data is not None
-    data = data.select(["step", "layer", quantity])
-    known = pc.unique(data.filter(pc.is_valid(data[quantity]))["step"]).to_numpy()
+    known = schema.steps_of(_where_measured(data, quantity))
     steps = np.union1d(tables.spread(known), tables.nearest(known, step))
-    data = data.filter(pc.is_in(data["step"], value_set=pa.array(steps, data["step"].type)))
-    rows = schema.to_pandas(data).astype({"step": int, "layer": str})
+    rows = schema.to_pandas(schema.narrowed(data, steps=steps)).astype({"step": int, "layer": str})
     layers = _layers(run, name, set(extras), {})[["layer", "family", "ordinal"]]
     return rows.merge(layers.astype({"layer": str}), on="layer")
 
