@@ -33,7 +33,7 @@ DIRECTORY = ".cache"
 SETTLED = 2.0
 """Seconds after its last change before a run is kept: a change so soon after another might leave
 the file system's times as they were."""
-_LIBRARIES = ("numpy", "pandas", "pyarrow", "scipy", "matplotlib")
+_LIBRARIES = ("numpy", "pandas", "pyarrow", "scipy", "matplotlib", "seaborn")
 _PARTIAL = ".tmp"
 
 Parts = Mapping[str, bytes]

@@ -615,9 +615,11 @@ def _against_depth(
             marker=marker, markersize=5, capsize=3, elinewidth=1,
         )  # fmt: skip
         seeds = points[(points["arm"] == arm) & points[column].notna()]
-        ax.scatter(
-            seeds["depth"].to_numpy(dtype=float) * dodge * 1.06, seeds[column].to_numpy(float),
-            color=color, marker=marker, s=14, alpha=0.6, linewidth=0, edgecolor="w",
+        import seaborn as sns  # in this figure alone
+
+        sns.scatterplot(
+            x=seeds["depth"].to_numpy(dtype=float) * dodge * 1.06, y=seeds[column].to_numpy(float),
+            color=color, marker=marker, s=14, alpha=0.6, linewidth=0, ax=ax, legend=False,
         )  # fmt: skip
 
 
