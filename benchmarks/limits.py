@@ -68,9 +68,9 @@ def least(task: str, steps: int) -> str:
     # In float32, without a total, a table or a number in Python.
     fused = _median_seconds(lambda: torch._foreach_norm(tensors))
     taken = recording.seconds(TASKS[task], ["none", "gradients"], steps)
-    bare, recorded = taken["none"][:-1], taken["gradients"][:-1]
+    bare, recorded = taken["none"][:, :-1], taken["gradients"][:, :-1]
     step = float(np.median(bare))
-    added, low, high = median_interval(recorded - bare)
+    added, low, high = median_interval(np.median(recorded - bare, axis=1))
     return (
         f"{TASKS[task].title}: {size / 1e6:.2f} MB in {len(tensors)} tensors; step "
         f"{step * 1e3:.1f} ms; reading at {size / reading / 1e9:.0f} GB/s {reading / step:.2%}, "

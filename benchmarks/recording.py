@@ -4,9 +4,11 @@
 an arm for each quantity beyond norms, measured alone and at every step. All arms take
 their steps in one process on one thread, each on a copy of the network of its own with its own
 optimizer: a round is one step of every arm, in an order drawn anew, so that none is always behind
-another. What counts is the ratio of an arm's step to the bare step of the same round: its median
-with a 95 % interval, and the ratio of the means, which also has the steps that are seldom, and
-what gradflow pays to empty its buffers. Tables in memory; files are `benchmarks.limits`.
+another. All is made anew eight times, in an order drawn anew: one of two equal networks may be
+slower by some per cent as long as it lives, by where its memory lies. What counts is the ratio of
+an arm's step to the bare step of the same round: its median each time, of these the median with a
+95 % interval, and the ratio of the means, which also has the steps that are seldom, and what
+gradflow pays to empty its buffers. Tables in memory; files are `benchmarks.limits`.
 
 A step is zero_grad, forward, loss, backward, what the arm records, and the optimizer's step. With
 DIR, `recording.csv`, `recording.md` and `recording.png` are written there. A peer that is not
@@ -51,7 +53,7 @@ from gradflow.recording.schedules import Schedule, every
 from gradflow.run import set_up_process
 from gradflow.styles import style
 
-STEPS, WARM_UP = 200, 12
+STEPS, WARM_UP, TIMES = 200, 12, 8
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -375,9 +377,15 @@ def available(names: Iterable[str]) -> list[str]:
 
 
 def seconds(task: Task, names: Iterable[str], steps: int = STEPS) -> dict[str, np.ndarray]:
-    """Seconds of each arm's steps, round by round, and last what it put off: steps + 1 numbers."""
-    order = list(names)
-    shuffle = random.Random(0).shuffle
+    """Seconds of each arm's steps, [times, rounds + 1]; last, what it put off in that time."""
+    times = min(TIMES, steps)
+    taken = [_seconds_once(task, list(names), steps // times, seed) for seed in range(times)]
+    return {name: np.array([once[name] for once in taken]) for name in names}
+
+
+def _seconds_once(task: Task, order: list[str], rounds: int, seed: int) -> dict[str, list[float]]:
+    shuffle = random.Random(seed).shuffle
+    shuffle(order)
     with contextlib.ExitStack() as stack:
         arms = {name: _Trainee(task, ARMS[name].watch, stack) for name in order}
         for arm in arms.values():
@@ -387,14 +395,14 @@ def seconds(task: Task, names: Iterable[str], steps: int = STEPS) -> dict[str, n
         gc.collect()
         gc.freeze()  # else one arm's garbage makes another look through all that was imported
         taken: dict[str, list[float]] = {name: [] for name in order}
-        for _ in range(steps):
+        for _ in range(rounds):
             shuffle(order)
             for name in order:
                 taken[name].append(arms[name].step())
         for name, arm in arms.items():
             taken[name].append(arm.flush())
         gc.unfreeze()
-    return {name: np.array(values) for name, values in taken.items()}
+    return taken
 
 
 def median_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
@@ -405,12 +413,14 @@ def median_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, flo
 
 
 def compare(task: str, names: Iterable[str], steps: int = STEPS) -> pd.DataFrame:
-    """One row an arm: task, arm, median ratio, low, high, mean ratio, milliseconds, steps."""
-    taken = seconds(TASKS[task], ["none", *(name for name in names if name != "none")], steps)
+    """A row an arm: task, arm, median ratio, low, high, mean ratio, milliseconds, steps, times."""
+    names = ["none", *(name for name in names if name != "none")]
+    taken = seconds(TASKS[task], names, steps)
     bare = taken["none"]
     rows = []
     for name, values in taken.items():
-        median, low, high = median_interval(values[:-1] / bare[:-1])
+        ratios = values[:, :-1] / bare[:, :-1]
+        median, low, high = median_interval(np.median(ratios, axis=1))
         rows.append(
             {
                 "task": task,
@@ -419,8 +429,9 @@ def compare(task: str, names: Iterable[str], steps: int = STEPS) -> pd.DataFrame
                 "low": low,
                 "high": high,
                 "mean_ratio": values.sum() / bare.sum(),
-                "milliseconds": float(np.median(values[:-1])) * 1e3,
-                "steps": steps,
+                "milliseconds": float(np.median(values[:, :-1])) * 1e3,
+                "steps": ratios.size,
+                "times": len(ratios),
             }
         )
     return pd.DataFrame(rows)
@@ -464,7 +475,8 @@ def _words(frame: pd.DataFrame) -> str:
     arms = [f"- {arm}: {ARMS[arm].content}" for arm in dict.fromkeys(frame["arm"])]
     return (
         "A step over the bare step of the same round: median [95 % interval]; ratio of the means. "
-        f"{frame['steps'].max()} rounds.\n\n{markdown(frame)}\n\n" + "\n".join(arms)
+        f"{frame['steps'].max()} rounds, with networks made anew {frame['times'].max()} times."
+        f"\n\n{markdown(frame)}\n\n" + "\n".join(arms)
     )
 
 
@@ -548,7 +560,10 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     for task in given.tasks or TASKS:
         parts.append(compare(task, names, given.steps))
         print(f"\n{TASKS[task].title}")
-        print(parts[-1].drop(columns=["task", "steps"]).round(3).to_string(index=False), flush=True)
+        print(
+            parts[-1].drop(columns=["task", "steps", "times"]).round(3).to_string(index=False),
+            flush=True,
+        )
     frame, here = pd.concat(parts, ignore_index=True), machine()
     print(f"\n{_words(frame)}\n\n{here}")
     if given.out is not None:
