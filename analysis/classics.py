@@ -22,7 +22,9 @@ from torch.nn.functional import cross_entropy
 
 import gradflow
 from gradflow import plots, tables
+from gradflow.errors import GradflowError
 from gradflow.networks import alexnet, build_network, lenet5, vgg16
+from gradflow.options import Parser
 
 QUANTITIES = ("weight_grad_norm", "output_grad_norm")
 
@@ -121,13 +123,22 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, draw, and print the numbers."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.classics", description=__doc__)
+    parser = Parser(prog="python -m analysis.classics", description=__doc__)
     parser.add_argument("--out", default="report/classics", metavar="DIR", type=Path)
     parser.add_argument("--images", default=8, type=int, metavar="N", help="of the batch (8)")
     parser.add_argument("--seed", default=0, type=int, metavar="N", help="of all that is drawn (0)")
-    options = parser.parse_args(arguments)
-    if options.images < 2:
-        parser.error("--images: batch normalisation wants two or more")
+    try:
+        options = parser.parse_args(arguments)
+        if options.images < 2:
+            raise GradflowError("--images: batch normalisation wants two or more")
+        _draw(options)
+    except GradflowError as error:
+        print(f"classics: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _draw(options: argparse.Namespace) -> None:
     parts = []
     for subject in SUBJECTS:
         began = time.monotonic()
@@ -140,10 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
         frame.drop(columns="arm").to_csv(options.out / "classics.csv", index=False)
         written = plots.save(plots.across(frame), options.out / "classics")
     except OSError as error:
-        print(f"--out {options.out}: {error.strerror}", file=sys.stderr)
-        return 1
+        raise GradflowError(f"--out {options.out}: {error.strerror}") from None
     print(f"drawn in {', '.join(map(str, written))}")
-    return 0
 
 
 if __name__ == "__main__":

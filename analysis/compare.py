@@ -19,6 +19,7 @@ import pandas as pd
 
 from gradflow import captions, plots, styles, tables, views
 from gradflow.errors import GradflowError
+from gradflow.options import Parser
 from gradflow.store import Run, Runs
 
 
@@ -151,9 +152,9 @@ def write(figure: Any, out: str, stem: str) -> None:
     print(*paths, sep="\n")
 
 
-def arguments(prog: str, text: str) -> argparse.ArgumentParser:
+def arguments(prog: str, text: str) -> Parser:
     """What the commands for figures have in common."""
-    parser = argparse.ArgumentParser(prog=f"python -m analysis.{prog}", description=text)
+    parser = Parser(prog=f"python -m analysis.{prog}", description=text)
     parser.add_argument("--step", type=int, default=0, metavar="N", help="updates done (0)")
     parser.add_argument("--quantity", default="weight_grad_norm", help="(weight_grad_norm)")
     parser.add_argument("--family", choices=("weights", "norm", "aside", "block"),
@@ -162,10 +163,12 @@ def arguments(prog: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def told(work: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+def told(
+    work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequence[str] | None
+) -> int:
     """0, or 1 after one line that says why there is no figure."""
     try:
-        work(options)
+        work(parser.parse_args(argv))
     except GradflowError as error:
         print(f"gradflow: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
@@ -179,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", default="runs", metavar="DIR", help="a store (runs)")
     parser.add_argument("--axis", choices=("layers", "relative"), default="layers",
                         help="layers counted (default), or relative depth")  # fmt: skip
-    return told(compare, parser.parse_args(argv))
+    return told(compare, parser, argv)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", default=["runs"], metavar="RUNS", help="stores (runs)")
     parser.add_argument("--by", choices=("depth", "seed"), default="depth", help="(depth)")
     parser.add_argument("--group", type=int, default=0, metavar="N", help="of comparable runs (0)")
-    return told(facets, parser.parse_args(argv))
+    return told(facets, parser, argv)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ import experiments
 from gradflow import findings
 from gradflow.errors import GradflowError
 from gradflow.findings import Finding, Result, Verdict
+from gradflow.options import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 1 where a run failed, or with --check a verdict is not the recorded one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments", description="Published findings, each with a verdict."
     )
     parser.add_argument("ids", nargs="*", metavar="ID", help="findings to run and judge")
@@ -35,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="the store (runs)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (cores)")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         known = experiments.load()
         chosen = _chosen(known, options.ids, options.all)
         if not chosen:

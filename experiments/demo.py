@@ -10,12 +10,12 @@ training data, the plain one of depth 152 stays near chance.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
 from gradflow.errors import GradflowError
+from gradflow.options import Parser
 from gradflow.spec import RunSpec
 
 DEPTHS, SEEDS = (20, 56, 152), (0, 1, 2)
@@ -44,11 +44,11 @@ def draw_initialisation(specs: tuple[RunSpec, ...], path: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo; the exit code is 1 if a run failed."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=__doc__)
+    parser = Parser(prog="python -m experiments.demo", description=__doc__)
     parser.add_argument("--runs", default="runs", metavar="DIR", help="the store (runs)")
     parser.add_argument("--out", default="report", metavar="DIR", help="the report (report)")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         return _demo(options.runs, Path(options.out))
     except GradflowError as error:
         print(f"demo: {error}", file=sys.stderr)

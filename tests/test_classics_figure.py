@@ -65,9 +65,13 @@ def test_the_command_draws_and_prints(tmp_path, monkeypatch, capsys):
 
 def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(classics, "SUBJECTS", SUBJECTS[:1])
-    (tmp_path / "file").write_text("")
-    assert classics.main(["--out", str(tmp_path / "file")]) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == f"--out {tmp_path / 'file'}: File exists"
-    with pytest.raises(SystemExit):
-        classics.main(["--images", "1"])
-    assert "--images: batch normalisation wants two or more" in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.write_text("")
+    assert classics.main(["--out", str(file)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"classics: --out {file}: File exists"
+    for wrong, line in {
+        "1": "--images: batch normalisation wants two or more",
+        "few": "argument --images: invalid int value: 'few'; --help lists what there is",
+    }.items():
+        assert classics.main(["--images", wrong]) == 1
+        assert capsys.readouterr().err == f"classics: {line}\n"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pandas as pd
 
@@ -35,6 +35,7 @@ from gradflow.cache import Cache
 from gradflow.errors import GradflowError
 from gradflow.findings import Finding
 from gradflow.helpers import Helpers
+from gradflow.options import Parser
 from gradflow.page import Page, publish
 from gradflow.reading import QUANTITY
 from gradflow.sketches import sketch
@@ -753,12 +754,6 @@ def _check_apart(out: str, places: Sequence[str]) -> None:
             raise GradflowError(f"--out {out}: lies in {place}, among the runs; name another place")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as all that goes wrong here is."""
-        raise GradflowError(f"{message}; --help lists what there is")
-
-
 def main(
     argv: Sequence[str] | None = None,
     prog: str = "python -m gradflow.report",
@@ -780,7 +775,7 @@ def main(
 
 
 def _options(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = _Parser(prog=prog, description="A report over recorded runs.")
+    parser = Parser(prog=prog, description="A report over recorded runs.")
     parser.add_argument(
         "runs", nargs="*", default=["runs"], metavar="RUNS", help="stores or single runs (runs)"
     )
