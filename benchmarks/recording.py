@@ -29,7 +29,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -376,7 +376,7 @@ def available(names: Iterable[str]) -> list[str]:
     return found
 
 
-def seconds(task: Task, names: Iterable[str], steps: int = STEPS) -> dict[str, np.ndarray]:
+def seconds(task: Task, names: Sequence[str], steps: int = STEPS) -> dict[str, np.ndarray]:
     """Seconds of each arm's steps, [times, rounds + 1]; last, what it put off in that time."""
     times = min(TIMES, steps)
     taken = [_seconds_once(task, list(names), steps // times, seed) for seed in range(times)]

@@ -814,3 +814,25 @@ def test_what_torchscript_runs_is_no_hindrance():
     with pytest.warns(UserWarning, match=r"TorchScript.*: 2\.0$"):
         found = gradflow.diagnose(model, batch, nn.functional.cross_entropy)
     assert found.names == ("healthy",)
+
+
+@pytest.mark.parametrize("unknown", [None, np.nan])
+def test_layers_of_unknown_kind_are_compared_all_together(unknown):
+    """They are not known to be alike: two interleaved kinds, one with smaller gradients."""
+    count = 12
+    frame = pd.DataFrame(
+        {
+            "step": 0,
+            "layer": [f"b{i}.{'xy'[i % 2]}" for i in range(count)],
+            "kind": unknown,
+            "position": np.arange(count, dtype=float),
+            "stage": 1,
+            "shape": "3x3",
+            "weight_grad_norm": [
+                (1e-5 if i < 6 else 1.0) * (1 if i % 2 else 1e-4) for i in range(count)
+            ],
+        }
+    )
+    (found,) = diagnosis.diagnose_tables(frame).findings
+    assert found.evidence["first_over_last"] == pytest.approx(1e-9)
+    assert found.evidence["layers"] == count

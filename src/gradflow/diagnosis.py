@@ -720,7 +720,8 @@ def _change(record: _Record, quantity: str) -> _Change | None:
 def _alike(rows: Rows) -> list[Rows]:
     roles: dict[tuple[str, str], list[int]] = {}
     for index, (name, kind) in enumerate(zip(rows["layer"], rows["kind"], strict=True)):
-        roles.setdefault((_NUMBER.sub("#", name), kind), []).append(index)
+        if kind == kind:  # not unknown
+            roles.setdefault((_NUMBER.sub("#", name), kind), []).append(index)
     parts = [rows[role] for role in roles.values() if len(role) >= ENDS]
     whole = np.ptp(rows["position"])
     return [part for part in parts if np.ptp(part["position"]) >= whole / 2] or [rows]

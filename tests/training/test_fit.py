@@ -8,6 +8,7 @@ import torch
 
 import gradflow
 from gradflow.spec import RunSpec
+from gradflow.training import module
 from gradflow.training.module import make_optimizer, make_scheduler, rate
 
 TINY = {"depth": 8, "width": 4, "batch_size": 100, "max_steps": 3}
@@ -69,6 +70,55 @@ def test_optimizers(optimizer):
     made = make_optimizer(torch.nn.Linear(2, 2), RunSpec(optimizer=optimizer, weight_decay=0.1))
     assert type(made).__name__.lower() == optimizer
     assert made.defaults["weight_decay"] == 0.1
+
+
+NETWORKS = [
+    {"shortcut": "A"},
+    {"shortcut": "B", "order": "pre"},
+    {"skip": "none", "norm": "none", "padding": "circular"},
+    {"skip": "stochastic_depth", "drop_rate": 0.9},
+    {"skip": "highway"},
+    {"trainable_blocks": 1},
+    {"network": "imagenet", "depth": 18, "width": 4},
+    {"network": "mlp", "depth": 5, "width": 8, "skip": "stochastic_depth", "drop_rate": 0.9},
+]
+
+
+@pytest.mark.parametrize("keys", NETWORKS, ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_fused_update_is_the_one_parameter_by_parameter(optimizer, keys, monkeypatch, tmp_path):
+    """Fused kernels take each gradient to lie in memory as its parameter does: whatever a network
+    does, they must, in every step."""
+    spec = RunSpec(**TINY | keys | {"optimizer": optimizer, "precision": "fp64", "lr": 1e-3})
+    made = []
+
+    def plain(network, spec):
+        optimizer = make_optimizer(network, spec)
+        made.append(optimizer.defaults["fused"])
+        optimizer.defaults["fused"] = False
+        for group in optimizer.param_groups:
+            group["fused"] = False
+        return optimizer
+
+    fused = gradflow.run(spec, runs_dir=str(tmp_path / "fused"), threads=1)
+    monkeypatch.setattr(module, "make_optimizer", plain)
+    alone = gradflow.run(spec, runs_dir=str(tmp_path / "alone"), threads=1)
+    assert made == [True]
+    for table, columns in {"steps": ["loss", "grad_norm"], "weights": ["weight_grad_norm"]}.items():
+        for column in columns:
+            np.testing.assert_allclose(
+                fused.frame(table)[column].astype(float),
+                alone.frame(table)[column].astype(float),
+                rtol=1e-10,
+            )
+
+
+def test_networks_of_others_and_half_precision_have_no_fused_kernels():
+    """Gradients may be sparse there, and clipping is refused."""
+    network = torch.nn.Linear(2, 2)
+    custom = RunSpec(network={"name": "custom", "target": "torch.nn.Linear"})
+    assert not make_optimizer(network, custom).defaults["fused"]
+    assert not make_optimizer(network, RunSpec(precision="bf16")).defaults["fused"]
 
 
 def test_gradients_are_recorded_before_they_are_clipped(run):

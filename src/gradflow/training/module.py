@@ -87,7 +87,8 @@ def make_optimizer(network: nn.Module, spec: RunSpec) -> torch.optim.Optimizer:
     parameters = list(network.parameters())
     options: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
     # On CPUs PyTorch goes through the parameters one by one unless told otherwise. Fused kernels
-    # take no sparse gradients, which others' networks may have, and unscale and clip by themselves.
+    # want the same gradients there in every step, dense and in their parameters' layout, which
+    # others' networks need not have; and under mixed precision Lightning does not clip with them.
     if parameters[0].device.type == "cpu" and spec.precision in ("fp32", "fp64"):
         options["fused"] = spec.network.name != "custom"
     if spec.optimizer == "sgd":
