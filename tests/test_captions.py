@@ -86,6 +86,11 @@ def test_the_conditions_of_what_diverged_are_the_updates_asked_for(tmp_path):
     report_store.write_run(tmp_path, None, **keys, seed=1, steps=6, epochs=2)  # of 22 batches
     told = captions.conditions(load_runs(tmp_path))
     assert "2 epochs, 15 and 44 updates (2 of 2 diverged, after 4 and 6), seeds 0 and 1" in told
+    on = {"on_divergence": "continue", "seed": 2}
+    report_store.write_run(tmp_path / "on", None, **keys, **on, steps=15, max_steps=15)
+    (gone_on,) = load_runs(tmp_path / "on")
+    at = gone_on.record["divergence"]["step"]
+    assert f"15 updates (diverged after {at})" in captions.conditions([gone_on])
     report_store.write_external(tmp_path, "own", {})
     assert "15 and 44" in captions.conditions(load_runs(tmp_path))
 

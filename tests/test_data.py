@@ -128,6 +128,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
         ({"x": np.zeros((4, 8, 8)), "y": good["y"]}, "wants x"),
         ({"x": good["x"], "y": np.zeros(3, int)}, "wants x"),
         ({"x": good["x"], "y": np.zeros(4)}, "whole numbers"),
+        ({"x": good["x"], "y": np.array([0, 1, 2, 10**12])}, "whole numbers from 0 to 999,999$"),
         ({"x": good["x"]}, "unreadable"),
         (one_nan, "test.npz: x has 1 value that is not finite$"),
         (some_inf, "test.npz: x has 65 values that are not finite$"),

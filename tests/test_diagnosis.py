@@ -422,6 +422,35 @@ def test_a_loss_that_is_not_one_number_is_an_error_of_ours(loss, what):
         gradflow.diagnose(nn.Linear(8, 10), patients.vectors(8), loss)
 
 
+def test_what_is_no_module_is_an_error_of_ours():
+    with pytest.raises(GradflowError, match=r"model is function, wants a torch\.nn\.Module"):
+        gradflow.diagnose(lambda x: x, torch.ones(2, 8))
+
+
+def test_inference_mode_is_left_for_a_diagnosis():
+    model = nn.Linear(8, 10)
+    batch = patients.vectors(8)
+    with torch.inference_mode():
+        found = gradflow.diagnose(model, batch, functional.cross_entropy)
+        assert torch.is_inference_mode_enabled()
+    assert str(found) == str(gradflow.diagnose(model, batch, functional.cross_entropy))
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_outputs_of_another_step_say_nothing_of_one_that_is_not_finite(value):
+    """They were zero at step 8; at step 9 the gradient is NaN, or as it was."""
+    about = {"kind": "linear", "shape": "4x4", "stage": 1}
+    names = {"layer": [f"layers.{i}" for i in range(6)], "position": np.arange(6.0)}
+    weights = pd.DataFrame(names | about | {"step": 9, "weight_grad_norm": value})
+    gradients = [0.0] * 5 + [1.0]
+    outputs = pd.DataFrame(names | about | {"step": 8, "output_grad_norm": gradients})
+    found = diagnose_tables(weights, outputs, step=9)
+    assert found.names == (("not finite",) if value != value else ("dead units",))
+    if value != value:
+        (one,) = found.findings
+        assert one.sentence == "NaN or Inf: gradients of weights in 6 modules"
+
+
 @pytest.mark.parametrize("batch", [(torch.ones(0, 8), torch.ones(0).long()), torch.ones(0, 8), ()])
 def test_an_empty_batch_is_an_error_of_ours(batch):
     with pytest.raises(GradflowError, match="the batch is empty"):

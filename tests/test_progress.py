@@ -124,6 +124,17 @@ def test_plain_lines_of_a_sweep():
     ]
 
 
+@pytest.mark.parametrize(
+    ("steps", "start", "words"),
+    [(1, 0, "begins, 1 step"), (880, 352, "goes on from step 352 of 880 steps")],
+)
+def test_a_run_that_goes_on_says_from_where(steps, start, words):
+    display, _, out = plain_display()
+    with display:
+        display(begin(SKIP, steps=steps) | {"start": start})
+    assert out.getvalue() == f"cifar-152-identity s0: {words}\n"
+
+
 def test_plain_lines_of_one_run():
     display, clock, out = plain_display()
     with display:

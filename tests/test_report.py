@@ -451,6 +451,13 @@ def test_probe_tasks_are_counted_and_left_out(tmp_path, fast, capsys):
     assert "mlp-" not in told
 
 
+def test_finished_runs_without_a_final_error_are_counted(tmp_path):
+    for name in ("a", "b"):
+        report_store.write_external(tmp_path / "runs", name, {})
+    told = report.comparison(load_runs(tmp_path / "runs"))
+    assert told == "2 finished runs, none with a final training error"
+
+
 def test_probe_tasks_alone(tmp_path, capsys):
     path = report_store.write_probe(tmp_path / "runs", status="failed")
     out = tmp_path / "report"

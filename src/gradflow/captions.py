@@ -315,7 +315,14 @@ def _lost(runs: Sequence[Run]) -> str:
     if not lost:
         return ""
     count = f"{len(lost)} of {len(runs)} diverged," if len(runs) > 1 else "diverged"
-    return f" ({count} after {_listed({run.record.get('steps', 0) for run in lost})})"
+    return f" ({count} after {_listed(set(map(_applied, lost)))})"
+
+
+def _applied(run: Run) -> int:
+    """Updates before a run diverged."""
+    if run.spec.get("on_divergence") == "continue":
+        return int(run.record["divergence"]["step"])
+    return int(run.record.get("steps") or 0)
 
 
 def unreadable(run: Run) -> str:

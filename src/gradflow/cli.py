@@ -73,7 +73,10 @@ def _main(given: list[str]) -> int:
         print(f"gradflow: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("gradflow: interrupted; the same command goes on from there", file=sys.stderr)
+        print(
+            "gradflow: interrupted; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return INTERRUPTED
 
 

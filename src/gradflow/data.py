@@ -31,6 +31,8 @@ Batch = tuple[Tensor, Tensor, np.ndarray]
 """Images [n, channels, height, width], labels [n], and the batch's indices in the split: n, or
 of several ranks the whole batch's."""
 
+MOST_CLASSES = 10**6
+"""Of `data=files`, which has as many as its largest label says."""
 _TEMPLATE, _NOISE = 3, 0.5
 
 
@@ -335,8 +337,8 @@ def _read_npz(path: Path) -> _Arrays:
             f"{path}: wants x [n, channels, height, width] and y [n], "
             f"has {images.shape} and {labels.shape}"
         )
-    if labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise GradflowError(f"{path}: wants y of whole numbers from 0")
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= MOST_CLASSES:
+        raise GradflowError(f"{path}: wants y of whole numbers from 0 to {MOST_CLASSES - 1:,}")
     if images.dtype.kind not in "biuf":
         raise GradflowError(f"{path}: wants x of numbers, has {images.dtype}")
     wrong = int((~np.isfinite(images)).sum())

@@ -24,7 +24,7 @@ from scipy.special import ndtri
 from gradflow import tables
 from gradflow.errors import GradflowError
 from gradflow.store import Run
-from gradflow.tables import Rows
+from gradflow.tables import Rows, counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,7 +228,8 @@ def diagnose_tables(
             `Run.with_modules` give them. A quantity that is missing is not measured.
         probes: probes.parquet's, for `input_gradient_cosine` or `gradient_autocorrelation`.
         step: which; by default the first of `weights`. Outputs and probes are those of the nearest
-            step at which they were measured, and not told of another than `step` if that is 0.
+            step at which they were measured, outputs of `step` alone where a gradient of the
+            weights is not finite there.
         loss: of that step, if it is known.
 
     Raises:
@@ -305,6 +306,8 @@ def _examined(
     known, found = _layers(frames["weights"], frames["outputs"]), []
     for step in steps:
         here = {name: _nearest(frame, step) for name, frame in frames.items()}
+        if not _is_finite(here["weights"]):  # outputs of a step before say nothing of this one
+            here["outputs"] = _at(here["outputs"], step)
         found.append(_examine(_Record(**here, loss=loss, known=known), step))
     return found
 
@@ -329,6 +332,18 @@ def _nearest(frame: pd.DataFrame | None, step: int) -> pd.DataFrame:
     if here.size and here[-1] - here[0] == here.size - 1:  # as recorded: nothing is copied
         return frame.iloc[here[0] : here[-1] + 1]
     return frame.iloc[here]
+
+
+def _is_finite(weights: pd.DataFrame) -> bool:
+    """Whether the gradient of the weights is, as far as it was measured."""
+    if "weight_grad_norm" not in weights:
+        return True
+    values, known = tables.floats(weights["weight_grad_norm"])
+    return bool(np.isfinite(values[known]).all())
+
+
+def _at(frame: pd.DataFrame, step: int) -> pd.DataFrame:
+    return frame[frame["step"].to_numpy(dtype=int) == step] if len(frame) else frame
 
 
 def _before(steps: NDArray[np.int64], step: int) -> int:
@@ -531,22 +546,27 @@ def _examine(record: _Record, step: int) -> Examination:
         findings = [_healthy(record, [name for name in found if name not in unmeasured])]
     held = record.held_up
     remarks = [
-        f"{len(held)} layers have no gradient yet, as a parameter behind them starts at zero: "
+        f"{_without(held)} yet, as a parameter behind them starts at zero: "
         "look again after an update"
     ] * bool(held)
     apart = [name for name in record.passed_by if name not in held]
     remarks += [
-        f"{len(apart)} layers have no gradient, in branches that the rest goes around (dropped or "
+        f"{_without(apart)}, in branches that the rest goes around (dropped or "
         f"unused in this pass): {listed(apart)}"
     ] * bool(apart)
     if is_stored and record.unreached:
         unmeasured[CUT_OFF] = "layers that are frozen or unused have no gradient either"
         remarks.append(
-            f"{len(record.unreached)} layers have no gradient (frozen, unused in this step, or cut "
+            f"{_without(record.unreached)} (frozen, unused in this step, or cut "
             f"off from the loss by detach, no_grad or the like): {listed(record.unreached)}"
         )
     frames = {name: getattr(record, name) for name in ("weights", "outputs", "probes")}
     return Examination(step, tuple(findings), unmeasured, tuple(remarks), frames)
+
+
+def _without(layers: Sequence[str]) -> str:
+    """`1 layer has no gradient`, `2 layers have no gradient`."""
+    return f"{counted(len(layers), 'layer')} {'has' if len(layers) == 1 else 'have'} no gradient"
 
 
 def _healthy(record: _Record, looked_at: Sequence[str]) -> Diagnosis:
@@ -575,7 +595,11 @@ def _non_finite(record: _Record) -> Found:
         return []
     words = {"output_rms": "outputs", "output_grad_norm": "gradients of outputs",
              "weight_grad_norm": "gradients of weights"}  # fmt: skip
-    told = [f"{words[name]} in {len(part)} modules" for name, part in bad.items() if len(part)]
+    told = [
+        f"{words[name]} in {counted(len(part), 'module')}"
+        for name, part in bad.items()
+        if len(part)
+    ]
     if lost:
         own = "" if len(bad["output_rms"]) else " (all outputs of modules are finite)"
         told.insert(0, f"the loss{own}")
@@ -592,8 +616,8 @@ def _cut_off(record: _Record) -> Found:
     if not layers:
         return []
     sentence = (
-        f"no gradient reaches {len(layers)} layers that are trainable and were executed before "
-        "others that have one: it is cut off on its way, or the loss does not use their outputs"
+        f"no gradient reaches {counted(len(layers), 'layer')}, trainable and executed before "
+        "others that have one: it is cut off on its way, or the loss does not use what they put out"
     )
     return [Diagnosis(CUT_OFF, sentence, layers, {"layers": float(len(layers))})]
 
@@ -770,7 +794,8 @@ def _underflow(record: _Record) -> Found:
     worst = max(named, key=lambda name: named[name])
     lost = [name for name in record.silent if name in named]
     sentence = (
-        f"the gradient reaches the lower end of its number format in {len(named)} modules"
+        "the gradient reaches the lower end of its number format in "
+        + counted(len(named), "module")
         + (f", and is exactly zero in {len(lost)} of them" if lost else "")
         + f"; of its non-zero elements at {worst} {named[worst]:.0%} are subnormal"
     )
@@ -801,13 +826,16 @@ def _dead(record: _Record) -> Found:
     if len(many):
         worst = many[many["value"].argmax()]
         sentence = (
-            f"no gradient comes through more than half of the units of {len(many)} layers, over "
-            f"the whole batch; {worst['value']:.0%} of them at {worst['layer']}"
+            "no gradient comes through more than half of the units of "
+            f"{counted(len(many), 'layer')}, over the whole batch; "
+            f"{worst['value']:.0%} of them at {worst['layer']}"
         )
         numbers = {"dead_units": float(worst["value"])}
         return [Diagnosis(DEAD, sentence, tuple(many["layer"]), numbers)]
     if silent:
-        sentence = f"no gradient at all reaches {len(silent)} layers: it is exactly zero there"
+        sentence = (
+            f"no gradient at all reaches {counted(len(silent), 'layer')}: it is exactly zero there"
+        )
         return [Diagnosis(DEAD, sentence, silent, {"dead_units": 1.0})]
     return (unknown or []) if "dead_units" in record.outputs else "dead_units not recorded"
 
@@ -843,8 +871,9 @@ def _saturated(record: _Record) -> Found:
         return []
     worst = many[many["value"].argmax()]
     sentence = (
-        f"behind {len(many)} layers the activation is flat (less than 5 % of its largest slope) at "
-        f"more than half of the values; at {worst['value']:.0%} behind {worst['layer']}"
+        f"behind {counted(len(many), 'layer')} the activation is flat (less than 5 % of its "
+        "largest slope) at more than half of the values; "
+        f"at {worst['value']:.0%} behind {worst['layer']}"
     )
     numbers = {"saturated": float(worst["value"])}
     return [Diagnosis(SATURATED, sentence, tuple(many["layer"]), numbers)]

@@ -173,7 +173,10 @@ class Display:
         job.status, job.steps, job.begun = "running", event["steps"], self._clock()
         job.told = self._clock()
         if not self._moving and not self._sweep:
-            self._print(f"{job.label}: begins, {job.steps} steps")
+            steps = f"{job.steps} step{'s' * (job.steps != 1)}"
+            start = event.get("start", 0)
+            goes_on = f"goes on from step {start} of {steps}"
+            self._print(f"{job.label}: {goes_on if start else f'begins, {steps}'}")
 
     def _on_step(self, event: dict[str, Any]) -> None:
         job = self._job(event)

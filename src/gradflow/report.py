@@ -189,12 +189,15 @@ def comparison(runs: Runs) -> str:
     compared = Runs(members)
     overview = tables.overview(compared)
     if overview.empty:
-        return _comparison_text(overview)
-    return _comparison_text(tables.comparison(overview, tables.pairs(compared, overview)))
+        return _comparison_text(overview, overview)
+    return _comparison_text(tables.comparison(overview, tables.pairs(compared, overview)), overview)
 
 
-def _comparison_text(frame: pd.DataFrame) -> str:
+def _comparison_text(frame: pd.DataFrame, overview: pd.DataFrame) -> str:
     if frame.empty:
+        done = int((overview["status"] == "done").sum()) if len(overview) else 0
+        if done:
+            return f"{tables.counted(done, 'finished run')}, none with a final training error"
         return "no finished runs to compare"
     blocks = []
     for (_, title), part in frame.groupby(["group", "title"], sort=True):
@@ -555,7 +558,8 @@ def _heat_section(page: Page, groups: list[Material]) -> None:
     for group in parts:
         title = _heading(page, group)
         seeds, runs = (list(group.heat[c].unique()) for c in ("seed", "run"))
-        which = f"seed {seeds[0]}" if len(seeds) == 1 else ", ".join(runs)
+        is_one = len(seeds) == 1 and not pd.isna(seeds[0])
+        which = f"seed {seeds[0]}" if is_one else ", ".join(runs)
         weights = group.heat[group.heat["family"] == tables.WEIGHT][QUANTITY]
         page.figure(
             f"heatmap{_number(group)}",
@@ -698,7 +702,7 @@ def text_report(runs: Runs) -> str:
     if not members and probes:
         return "\n\n".join(filter(None, [probes, "\n".join(problems)]))
     found = gather(runs)
-    parts = [*filter(None, [probes]), _comparison_text(found.compared)]
+    parts = [*filter(None, [probes]), _comparison_text(found.compared, found.overview)]
     for group in (found.of(number) for number in sorted(found.overview["group"].unique())):
         parts += _diagnosis_text(group)
         for moment in ("first", "last"):
@@ -813,7 +817,7 @@ def _report(options: argparse.Namespace, findings: Callable[[], Mapping[str, Fin
     found, entries, page = make()
     for line in found.problems:
         print(f"passed over: {line}", file=sys.stderr)
-    print(_comparison_text(found.compared), end="\n\n")
+    print(_comparison_text(found.compared, found.overview), end="\n\n")
     if entries:
         print(f"{atlas.counts(entries)}\n{page.with_name(atlas.PAGE)}")
     print(page)

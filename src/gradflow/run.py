@@ -167,7 +167,11 @@ def _compute(
         writer.update(environment=here)
     network = _network(spec, data, device, ranks)
     steps = spec.updates(len(data.train))
-    tell({"event": "begin", "run": spec.name, "steps": steps, "path": str(writer.path)})
+    start = state.get("updates", 0)
+    tell(
+        {"event": "begin", "run": spec.name, "steps": steps, "start": start}
+        | {"path": str(writer.path)}
+    )
     certificate = {
         "parameter_count": sum(p.numel() for p in network.parameters()),
         "parameters": {name: _digest(p) for name, p in network.named_parameters()},

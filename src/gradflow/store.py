@@ -124,7 +124,10 @@ def _json(value: Mapping[str, Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        text = path.read_text()
+        value = json.loads(text)
+        if "\\ud" in text:  # half a character, which neither Arrow nor a page can take
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise StoreError(f"{path}: missing") from None
     except (OSError, ValueError) as error:

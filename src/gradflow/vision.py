@@ -81,7 +81,7 @@ def _idx(kind: Any, root: Path, spec: DataSpec) -> list[Bytes]:
         base = root / kind.__name__ / "raw"
         images, labels = base / f"{part}-images-idx3-ubyte", base / f"{part}-labels-idx1-ubyte"
         with _naming(images, spec):
-            pixels = read_image_file(str(images))[:, None]
+            pixels = _fitting(read_image_file(str(images))[:, None], spec)
         with _naming(labels, spec):
             found.append(_checked(pixels, read_label_file(str(labels)), spec))
     return found
@@ -144,14 +144,19 @@ def _joined(parts: list[Bytes]) -> Bytes:
     return torch.cat(images), torch.cat(labels)
 
 
+def _fitting(images: Tensor, spec: DataSpec) -> Tensor:
+    """The images, if they are of the set's format."""
+    wanted = list(PUBLIC[spec.name].shape)
+    if images.dtype != torch.uint8 or list(images.shape[1:]) != wanted:
+        raise ValueError(f"wants images {wanted} in bytes, has {list(images.shape[1:])}")
+    return images
+
+
 def _checked(images: Tensor, labels: Tensor, spec: DataSpec) -> Bytes:
     """The two, if they belong together."""
-    wanted = len(labels), *PUBLIC[spec.name].shape
-    if images.dtype != torch.uint8 or images.shape != wanted or labels.ndim != 1:
-        raise ValueError(
-            f"wants images {list(wanted)} in bytes and as many labels, "
-            f"has {list(images.shape)} and {list(labels.shape)}"
-        )
+    images = _fitting(images, spec)
+    if labels.shape != (len(images),):
+        raise ValueError(f"wants as many labels as images, {len(images)}, has {list(labels.shape)}")
     classes = _CLASSES.get(spec.name, 10)
     if not len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"wants labels from 0 to {classes - 1}")

@@ -188,7 +188,7 @@ def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(cluster, start, tmp_p
     sweep.send_signal(signal.SIGINT)
     _, errors = sweep.communicate(timeout=60)
     assert sweep.returncode == 130
-    assert "the same command goes on from there" in errors
+    assert "the same command goes on from the last checkpoint" in errors
     assert not cluster.call("squeue", "--noheader")
     assert record(tmp_path, at_work)["status"] == "interrupted"
     go.touch()

@@ -201,6 +201,22 @@ def test_a_scaler_that_is_switched_off_skips_nothing() -> None:
     assert recorder.divergence is not None
 
 
+def test_repeating_the_forward_pass_passes_over_what_was_infinite_before() -> None:
+    class Ones(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ones_like(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), Ones(), nn.Linear(4, 4))
+    model[0].bias.data[0] = math.inf
+    with Recorder(model, schedule=NEVER | {"outputs": lambda s: s == 0}) as recorder:
+        step(recorder)
+        recorder.flush()
+        assert recorder.divergence is None
+        assert recorder.locate_forward(lambda: model(torch.ones(3, 4))) == "0"  # there is no other
+        model[2].bias.data[0] = math.nan
+        assert recorder.locate_forward(lambda: model(torch.ones(3, 4))) == "2"
+
+
 def test_repeating_the_forward_pass_finds_the_module_and_leaves_no_trace() -> None:
     model = network()
     with Recorder(model, schedule=NEVER | {"weights": ALWAYS}) as recorder:

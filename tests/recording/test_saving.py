@@ -259,6 +259,24 @@ def test_meta_is_plain(tmp_path: Path) -> None:
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize("meta", [{1: 2}, {"": 2}, "depth=56", {"file": "datens\udce4tze.csv"}])
+def test_meta_has_names_and_text_that_can_be_written(tmp_path: Path, meta: Any) -> None:
+    with pytest.raises(SpecError, match=r"^meta: wants names with plain values"):
+        Recorder(network(), save=tmp_path / "mine", meta=meta).__enter__()
+    assert not (tmp_path / "mine").exists()
+
+
+def test_half_a_character_costs_its_own_run_alone(tmp_path: Path) -> None:
+    for name in ("mine", "other"):
+        train(1, save=tmp_path / name, meta={"note": "Größe 🙂", "depth": 1})
+    spec = tmp_path / "mine" / "spec.json"
+    spec.write_text(spec.read_text().replace("\\u00f6", "\\udcf6"))
+    runs = load_runs(tmp_path)
+    assert [run.spec["note"] for run in runs] == ["Größe 🙂"]
+    assert len(runs.problems) == 1
+    assert f"{spec}: unreadable" in runs.problems[0]
+
+
 def test_numpy_s_numbers_are_plain(tmp_path: Path) -> None:
     meta = {"seed": np.int64(3), "lr": np.float32(0.5), "skip": np.True_, "data": {"n": np.int8(4)}}
     train(1, save=tmp_path / "mine", meta=meta)

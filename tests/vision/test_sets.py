@@ -209,11 +209,21 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, name, file, damage, said)
     )
 
 
+def test_images_of_another_size_are_the_fault_of_their_own_file(tmp_path):
+    formats.write("mnist", tmp_path)
+    path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
+    path.write_bytes(struct.pack(">iiii", 0x803, 5, 27, 27) + bytes(5 * 27 * 27))
+    with pytest.raises(GradflowError) as caught:
+        load_data(spec_of("mnist", tmp_path))
+    wrong = "damaged (wants images [1, 28, 28] in bytes, has [1, 27, 27]); delete it"
+    assert str(caught.value).startswith(f"{path}: {wrong}")
+
+
 def test_images_and_labels_that_do_not_belong_together(tmp_path):
     formats.write("mnist", tmp_path)
     path = tmp_path / "MNIST/raw/train-labels-idx1-ubyte"
     path.write_bytes(struct.pack(">ii", 0x801, 5) + bytes(5))
-    with pytest.raises(GradflowError, match=r"has \[200, 1, 28, 28\] and \[5\]"):
+    with pytest.raises(GradflowError, match=r"wants as many labels as images, 200, has \[5\]"):
         load_data(spec_of("mnist", tmp_path))
 
 

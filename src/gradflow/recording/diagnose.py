@@ -61,12 +61,14 @@ def diagnose(
         GradflowError: no parameter has a gradient, the batch is empty, or the loss is not one
             number.
     """
+    if not isinstance(model, nn.Module):
+        raise GradflowError(f"diagnose: model is {type(model).__name__}, wants a torch.nn.Module")
     parts = batch if isinstance(batch, tuple | list) else (batch,)
     first = next(all_tensors(parts[:1]), None)
     if not parts or (first is not None and not first.numel()):
         raise GradflowError("diagnose: the batch is empty; it wants one sample or more")
     inputs, *targets = parts
-    with unseen(model), _restored(model):
+    with torch.inference_mode(False), unseen(model), _restored(model):
         return _diagnosed(model, inputs, targets, loss, seed)
 
 

@@ -121,12 +121,18 @@ def _innermost(forward: list[Any], layers: Layers) -> Any:
     return first
 
 
-def locate_forward(layers: Layers, forward: Callable[[], Any]) -> int | None:
-    """The first owner, in order of execution, whose output is not finite in `forward()`."""
+def locate_forward(
+    layers: Layers, forward: Callable[[], Any], usual: set[tuple[str, str]]
+) -> int | None:
+    """The first owner, in order of execution, whose output is not finite in `forward()`.
+
+    Args:
+        usual: as for `first_divergence`.
+    """
     found: list[int] = []
 
     def look(index: int, module: nn.Module, args: Any, output: Any) -> None:
-        if not found and not all(bool(t.isfinite().all()) for t in tensors_of(output)):
+        if not all(bool(t.isfinite().all()) for t in tensors_of(output)):
             found.append(index)
 
     handles = [
@@ -140,4 +146,6 @@ def locate_forward(layers: Layers, forward: Callable[[], Any]) -> int | None:
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    before = {layer for layer, _ in usual}
+    new = [index for index in found if layers.rows[index].layer not in before]
+    return next(iter(new or found), None)

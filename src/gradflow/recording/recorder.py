@@ -151,7 +151,7 @@ class Recorder:
         self._ranks = ranks or ranks_of(model)
         check_group(self._ranks.world)
         self._save = save if self._ranks.rank == 0 else None
-        self._meta = dict(meta or {})
+        self._meta = _named(meta or {})
         self._updates = Updates(listed, scaler)
         if flight is not None and (type(flight) is not int or flight < 1):
             raise SpecError(f"flight={flight}: wants a number of steps, from 1")
@@ -571,7 +571,7 @@ class Recorder:
         For a step whose outputs were not measured: repeat its forward pass with this. None where
         all outputs are finite. With several ranks all call it, and it is the first over them all.
         """
-        found = locate_forward(self._layers, forward)
+        found = locate_forward(self._layers, forward, self._usual)
         if self._ranks.world > 1:
             index = -1 if found is None else found
             place = 2**62 if found is None else self._layers.place(self._layers.rows[found])[0]
@@ -713,12 +713,19 @@ def _external_writer(path: str | Path, meta: dict[str, Any]) -> RunWriter:
     from gradflow.store import RunWriter
 
     try:
-        meta = json.loads(json.dumps(meta, default=_item))
+        text = json.dumps(meta, default=_item, ensure_ascii=False)
+        meta = json.loads(text.encode())  # refuses what is no Unicode, as a file's name may be
     except (TypeError, ValueError) as error:
         raise SpecError(f"meta: wants names with plain values ({error})") from None
     if isinstance(meta.get("skip"), bool):
         meta["skip"] = "identity" if meta["skip"] else "none"
     return RunWriter(path, meta, origin="external")
+
+
+def _named(meta: Any) -> dict[str, Any]:
+    if not isinstance(meta, Mapping) or not all(isinstance(n, str) and n for n in meta):
+        raise SpecError('meta: wants names with plain values, such as {"depth": 56, "seed": 0}')
+    return dict(meta)
 
 
 def _item(value: Any) -> Any:
