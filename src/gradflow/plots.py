@@ -406,7 +406,8 @@ def heatmap(frame: pd.DataFrame, quantity: str = "weight_grad_norm", *, title: s
         norm = LogNorm(low, high if high > low else low * 10)
         for ax, arm in zip(line, arms, strict=True):
             part = here[here["arm"] == arm]
-            ax.set_title(", ".join(filter(None, [arm, facet])))
+            heading = ", ".join(filter(None, [arm, facet]))
+            ax.set_title(textwrap.fill(heading, _LINE // len(arms)))
             ax.grid(visible=False)
             ax.set_facecolor(_MISSING)
             if len(part):
@@ -414,11 +415,13 @@ def heatmap(frame: pd.DataFrame, quantity: str = "weight_grad_norm", *, title: s
         _color_bar(figure, norm, line)
     figure.supxlabel(_HEAT_STEPS, fontsize=9)
     figure.supylabel("layer, counted from the input", fontsize=9)
-    heading = ": ".join(filter(None, [label(quantity), title]))
-    _legend(figure, _heat_handles(found), heading)
+    words = ": ".join(filter(None, [label(quantity), title]))
+    _legend(figure, _heat_handles(found), words)
     return figure
 
 
+_LINE = 88
+"""Letters of panels' titles that fit beside each other."""
 _HEAT_STEPS = "step (linear to 10, then logarithmic)"
 
 
