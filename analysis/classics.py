@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradflow
+from analysis.compare import told
 from gradflow import plots, tables
 from gradflow.errors import GradflowError
 from gradflow.networks import alexnet, build_network, lenet5, vgg16
@@ -127,18 +128,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="report/classics", metavar="DIR", type=Path)
     parser.add_argument("--images", default=8, type=int, metavar="N", help="of the batch (8)")
     parser.add_argument("--seed", default=0, type=int, metavar="N", help="of all that is drawn (0)")
-    try:
-        options = parser.parse_args(arguments)
-        if options.images < 2:
-            raise GradflowError("--images: batch normalisation wants two or more")
-        _draw(options)
-    except GradflowError as error:
-        print(f"classics: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 1
-    return 0
+    return told(_draw, parser, arguments, name="classics")
 
 
 def _draw(options: argparse.Namespace) -> None:
+    if options.images < 2:
+        raise GradflowError("--images: batch normalisation wants two or more")
     parts = []
     for subject in SUBJECTS:
         began = time.monotonic()

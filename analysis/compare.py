@@ -164,13 +164,16 @@ def arguments(prog: str, text: str) -> Parser:
 
 
 def told(
-    work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequence[str] | None
+    work: Callable[[argparse.Namespace], None],
+    parser: Parser,
+    argv: Sequence[str] | None,
+    name: str = "gradflow",
 ) -> int:
     """0, or 1 after one line that says why there is no figure."""
     try:
         work(parser.parse_args(argv))
     except GradflowError as error:
-        print(f"gradflow: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"{name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
     return 0
 

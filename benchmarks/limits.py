@@ -122,7 +122,8 @@ def _bare_steps(spec: RunSpec) -> Iterator[float]:
     network = build(spec, in_channels=data.inputs(spec.network.name), num_classes=data.num_classes)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.train()
-    optimizer = SGD(network.parameters(), lr=spec.lr, momentum=0.9, weight_decay=spec.weight_decay)
+    momentum, decay = spec.momentum or 0.0, spec.weight_decay
+    optimizer = SGD(network.parameters(), lr=spec.lr, momentum=momentum, weight_decay=decay)
     generator = torch.Generator().manual_seed(0)
     while True:
         for indices in torch.randperm(len(images), generator=generator).split(spec.batch_size):
@@ -198,14 +199,14 @@ print(median_step(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
 
 def alone(steps: int, record: str = "default", depth: int = 56) -> str:
     """A line: the run's step over the bare one, each in a process of its own, in turn."""
-    ratios = []
-    for _ in range(REPEATS):
-        bare, whole = (
-            float(subprocess.check_output([sys.executable, "-c", _ALONE, what, *given], text=True))
-            for given in [[str(steps), record, str(depth)]]
-            for what in ("bare", "run")
-        )
-        ratios.append(whole / bare)
+    given = [str(steps), record, str(depth)]
+
+    def seconds(what: str) -> float:
+        command = [sys.executable, "-c", _ALONE, what, *given]
+        return float(subprocess.check_output(command, text=True))
+
+    pairs = [(seconds("bare"), seconds("run")) for _ in range(REPEATS)]
+    ratios = [whole / bare for bare, whole in pairs]
     told = ", ".join(f"{ratio:.3f}" for ratio in sorted(ratios))
     return (
         f"the same, each in a process of its own: median {statistics.median(ratios):.3f} of {told}"

@@ -81,6 +81,15 @@ def test_the_limits_are_stated_for_a_task():
     assert re.search(r"median \d+\.\d+ \[", limits.whole_run(2, depth=8))
 
 
+@pytest.mark.parametrize("what", ["bare", "run"])
+def test_steps_of_a_process_of_their_own_are_as_many_as_asked_for(what, monkeypatch):
+    seen = []
+    monkeypatch.setattr(limits.statistics, "median", lambda taken: seen.append(taken) or 1.0)
+    assert limits.median_step(what, 2, "default", 8) == 1.0
+    ((first, second),) = seen
+    assert min(first, second) > 0
+
+
 def test_one_s_own_questions_have_the_same_answer_either_way(tmp_path, capsys):
     frame = queries.main(tmp_path, runs=10, layers=3, steps=5, rounds=1)
     assert list(frame["question"]) == list(queries.QUESTIONS)

@@ -458,6 +458,12 @@ def test_finished_runs_without_a_final_error_are_counted(tmp_path):
     assert told == "2 finished runs, none with a final training error"
 
 
+def test_runs_without_a_seed_are_named_below_their_heatmap(tmp_path):
+    report_store.write_external(tmp_path / "runs", "mine", {})
+    page = report.write_report(load_runs(tmp_path / "runs"), tmp_path / "report")
+    assert "one run a panel (mine)." in page.read_text(encoding="utf-8")
+
+
 def test_probe_tasks_alone(tmp_path, capsys):
     path = report_store.write_probe(tmp_path / "runs", status="failed")
     out = tmp_path / "report"

@@ -302,9 +302,9 @@ def _planned(run: Run) -> int | None:
     """The updates of the whole run, where they are known: one that diverged made fewer."""
     if run.status == "done":
         return run.record.get("steps")
-    if run.record.get("origin") != "gradflow" or unreadable(run):
+    spec = _spec(run)
+    if isinstance(spec, str):
         return None
-    spec = RunSpec.from_dict(run.spec)
     size = spec.data.train_size
     return None if spec.max_steps is None and size is None else spec.updates(size or 0)
 
@@ -327,13 +327,18 @@ def _applied(run: Run) -> int:
 
 def unreadable(run: Run) -> str:
     """What is wrong with the spec of a run of gradflow's own, if anything is."""
+    found = _spec(run)
+    return found if isinstance(found, str) else ""
+
+
+def _spec(run: Run) -> RunSpec | str:
+    """Of a run of gradflow's own, or what is wrong with it; nothing of a user's, which has none."""
     if run.record.get("origin") != "gradflow":
         return ""
     try:
-        RunSpec.from_dict(run.spec)
-    except (SpecError, TypeError) as error:
+        return RunSpec.from_dict(run.spec)
+    except (SpecError, TypeError) as error:  # of a version with other keys
         return str(error)
-    return ""
 
 
 def _listed(values: Iterable[Any]) -> str:
@@ -380,11 +385,8 @@ def commands(members: Iterable[Run]) -> list[str]:
     known: dict[RunSpec, dict[str, Any]] = {}
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for run in members:
-        if run.record.get("origin") != "gradflow":
-            continue
-        try:
-            spec = RunSpec.from_dict(run.spec)
-        except (SpecError, TypeError):  # of a version with other keys
+        spec = _spec(run)
+        if isinstance(spec, str):
             continue
         named = _named(spec, known)
         fixed = tuple(f"{key}={text}" for key, text in named.items() if key not in _SWEPT)

@@ -1302,7 +1302,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     # `savefig` would draw twice for each format to lay the figure out anew: most of its time.
     figure.dpi = 150
     lightly = {"compress_level": 3}  # half the time of the usual 6, and as small
-    FigureCanvasAgg(figure).print_png(png, pil_kwargs=lightly)  # the others set the resolution anew
+    # First: the others set the resolution anew.
+    FigureCanvasAgg(figure).print_png(png, pil_kwargs=lightly)
     figure.set_layout_engine("none")
     text = io.StringIO()
     FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
